@@ -1,0 +1,170 @@
+"""The shape of a DeepSeek-V3 model.
+
+The defaults are the released 671B model; a smaller one is `dataclasses.replace` away.
+Every dimension that contradicts another is refused here, so nothing below has to check.
+"""
+
+import dataclasses
+from typing import Literal
+
+from dsv3_jax.config.check import check
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnConfig:
+    """YaRN context extension (arXiv 2309.00071; report section 4.3).
+
+    `factor` is the paper's s, `beta_fast` its β, `beta_slow` its α. Applied at all lengths,
+    as in the released weights, not only past `original_max_position`.
+    """
+
+    factor: float = 40.0
+    original_max_position: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.factor >= 1.0, f"factor={self.factor} shrinks the context; use 1.0 or more (YarnConfig.factor).")
+        check(
+            self.original_max_position > 0,
+            f"original_max_position={self.original_max_position} must be positive (YarnConfig).",
+        )
+        check(
+            self.beta_fast > self.beta_slow > 0,
+            f"beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow} > 0 (YarnConfig).",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (report section 2.1.1).
+
+    Paper symbols: n_h `num_heads`, d'_c `q_latent_dim` (None: one full query matrix, as in V2-Lite),
+    d_c `kv_latent_dim`, d_h `nope_head_dim` and `v_head_dim`, d_h^R `rope_head_dim`.
+    """
+
+    num_heads: int = 128
+    q_latent_dim: int | None = 1536
+    kv_latent_dim: int = 512
+    nope_head_dim: int = 128
+    rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "kv_latent_dim", "nope_head_dim", "rope_head_dim", "v_head_dim"):
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (MLAConfig.{name}).")
+        check(
+            self.q_latent_dim is None or self.q_latent_dim > 0,
+            f"q_latent_dim={self.q_latent_dim} must be positive, or None for a full query matrix (MLAConfig).",
+        )
+        check(
+            self.rope_head_dim % 2 == 0,
+            f"rope_head_dim={self.rope_head_dim} is odd, but rope turns pairs; use an even number (MLAConfig).",
+        )
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.nope_head_dim + self.rope_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """DeepSeekMoE (report sections 2.1.2).
+
+    Paper symbols: N_r `num_experts`, N_s `num_shared_experts`, K_r `top_k`. Experts lie in `num_groups`
+    equal groups (one a node), of which a token may use `groups_per_token` (the paper's M).
+    `scale` is the released `routed_scaling_factor`; the report does not print it.
+    `has_bias`: choice is steered by a bias and groups are ranked by the sum of their two best experts
+    (V3, `noaux_tc`); without it groups are ranked by their best expert (V2).
+    """
+
+    num_experts: int = 256
+    num_shared_experts: int = 1
+    top_k: int = 8
+    expert_dim: int = 2048
+    num_groups: int = 8
+    groups_per_token: int = 4
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    normalize_weights: bool = True
+    has_bias: bool = True
+    scale: float = 2.5
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "expert_dim", "num_groups", "groups_per_token"):
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (MoEConfig.{name}).")
+        check(
+            self.num_shared_experts >= 0,
+            f"num_shared_experts={self.num_shared_experts} is negative; use 0 for none (MoEConfig).",
+        )
+        check(
+            self.num_experts % self.num_groups == 0,
+            f"num_experts={self.num_experts} is not divisible by num_groups={self.num_groups}; "
+            "groups must be equal (MoEConfig).",
+        )
+        check(
+            self.groups_per_token <= self.num_groups,
+            f"groups_per_token={self.groups_per_token} exceeds num_groups={self.num_groups} (MoEConfig).",
+        )
+        reachable = self.groups_per_token * (self.num_experts // self.num_groups)
+        check(
+            self.top_k <= reachable,
+            f"top_k={self.top_k} exceeds the {reachable} experts of groups_per_token={self.groups_per_token} "
+            "groups; raise groups_per_token or lower top_k (MoEConfig).",
+        )
+        check(
+            self.score in ("sigmoid", "softmax"),
+            f"score={self.score!r} is unknown; use 'sigmoid' or 'softmax' (MoEConfig.score).",
+        )
+        if self.has_bias and self.num_groups > 1:
+            check(
+                self.num_experts // self.num_groups >= 2,
+                f"num_groups={self.num_groups} leaves one expert a group, but groups are ranked by their two best; "
+                "use fewer groups (MoEConfig).",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything the model's functions read. The defaults are DeepSeek-V3 (671B).
+
+    The first `num_dense_layers` of `num_layers` have a dense feed-forward of width `ffn_dim`, the rest `moe`.
+    `mtp_depth` multi-token-prediction modules follow (paper: D). `latent_norm_eps` is fixed at 1e-6 in the
+    released code whatever `norm_eps` says. Weights start as N(0, `init_std`²) (report section 4.2).
+    """
+
+    vocab_size: int = 129280
+    model_dim: int = 7168
+    num_layers: int = 61
+    num_dense_layers: int = 3
+    ffn_dim: int = 18432
+    mla: MLAConfig = MLAConfig()
+    moe: MoEConfig = MoEConfig()
+    mtp_depth: int = 1
+    max_position: int = 163840
+    rope_theta: float = 10000.0
+    yarn: YarnConfig | None = YarnConfig()
+    norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6
+    init_std: float = 0.006
+    bos_id: int = 0
+    eos_id: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "model_dim", "num_layers", "ffn_dim", "max_position", "init_std", "rope_theta"):
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (ModelConfig.{name}).")
+        check(
+            0 <= self.num_dense_layers <= self.num_layers,
+            f"num_dense_layers={self.num_dense_layers} must lie in 0..num_layers={self.num_layers} (ModelConfig).",
+        )
+        check(self.mtp_depth >= 0, f"mtp_depth={self.mtp_depth} is negative; use 0 for none (ModelConfig).")
+        for name in ("bos_id", "eos_id"):
+            check(
+                0 <= getattr(self, name) < self.vocab_size,
+                f"{name}={getattr(self, name)} is outside vocab_size={self.vocab_size} (ModelConfig.{name}).",
+            )
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
