@@ -1,0 +1,87 @@
+"""One transformer layer: attention, then a dense or a mixture-of-experts feed-forward, each behind a norm."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.model.attention import attend_blocked
+from dsv3_jax.model.mla import MLA, Attend
+from dsv3_jax.model.mlp import MLP, mlp
+from dsv3_jax.model.moe.layer import MoE, Route, RoutedExperts, Routing, local_experts, moe
+from dsv3_jax.model.moe.router import route
+from dsv3_jax.model.norm import RMSNorm, rms_norm
+from dsv3_jax.precision.policy import FLOAT32, Policy
+from dsv3_jax.typing import Array, Bool, Float, Params
+
+
+class Parts(NamedTuple):
+    """The functions a layer is made of. To change an equation, replace one."""
+
+    policy: Policy = FLOAT32
+    attend: Attend = attend_blocked
+    route: Route = route
+    experts: RoutedExperts = local_experts
+
+
+Mix = Callable[[Params, Float[Array, "B T D"]], tuple[Float[Array, "B T D"], Any]]
+"""(MLA parameters, normed x) -> (what attention adds, what the caller wants kept of it)."""
+
+
+def dense_block(params: Params, x: Float[Array, "B T D"], mix: Mix, *, cfg: ModelConfig, parts: Parts):
+    """One of the first layers. Returns (x, kept by `mix`)."""
+    x, kept = _add_attention(params, x, mix, cfg=cfg)
+    normed = checkpoint_name(rms_norm(x, params["ffn_norm"]["scale"], eps=cfg.norm_eps), "norm")
+    return x + mlp(params["mlp"], normed, policy=parts.policy), kept
+
+
+def moe_block(
+    params: Params,
+    bias: Float[Array, "E"] | None,
+    x: Float[Array, "B T D"],
+    valid: Bool[Array, "B T"] | None,
+    mix: Mix,
+    *,
+    cfg: ModelConfig,
+    parts: Parts,
+) -> tuple[Float[Array, "B T D"], Any, Routing, Float[Array, ""]]:
+    """A mixture-of-experts layer. Returns (x, kept by `mix`, routing, balance loss without α)."""
+    x, kept = _add_attention(params, x, mix, cfg=cfg)
+    normed = checkpoint_name(rms_norm(x, params["ffn_norm"]["scale"], eps=cfg.norm_eps), "norm")
+    added, routing, balance = moe(
+        params["moe"], bias, normed, valid, cfg=cfg.moe, policy=parts.policy, route=parts.route, experts=parts.experts
+    )
+    return x + added, kept, routing, balance
+
+
+def _add_attention(params: Params, x: Array, mix: Mix, *, cfg: ModelConfig) -> tuple[Array, Any]:
+    normed = checkpoint_name(rms_norm(x, params["attn_norm"]["scale"], eps=cfg.norm_eps), "norm")
+    added, kept = mix(params["mla"], normed)
+    return x + added, kept
+
+
+def declare_dense_block(cfg: ModelConfig, key: jax.Array) -> dict:
+    """Fresh variables of a dense layer, boxed with their logical axes."""
+    return _declare(key, cfg, mlp=MLP(cfg.model_dim, cfg.ffn_dim, cfg.init_std))
+
+
+def declare_moe_block(cfg: ModelConfig, key: jax.Array) -> dict:
+    """Fresh variables of a mixture-of-experts layer, boxed with their logical axes."""
+    return _declare(key, cfg, moe=MoE(cfg.moe, cfg.model_dim, cfg.init_std))
+
+
+def _declare(key: jax.Array, cfg: ModelConfig, **feed_forward: nn.Module) -> dict:
+    modules = {
+        "attn_norm": RMSNorm(cfg.model_dim, cfg.norm_eps),
+        "mla": MLA(cfg),
+        "ffn_norm": RMSNorm(cfg.model_dim, cfg.norm_eps),
+        **feed_forward,
+    }
+    declared: dict = {}
+    for part_key, (name, module) in zip(jax.random.split(key, len(modules)), modules.items(), strict=True):
+        for collection, leaves in module.init(part_key, method="weights").items():
+            declared.setdefault(collection, {})[name] = leaves
+    return declared

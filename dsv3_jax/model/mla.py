@@ -1,0 +1,145 @@
+"""Multi-head latent attention, naive for training and absorbed for decoding."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.model.attention import attend_blocked
+from dsv3_jax.model.latent_attention import attend_latent
+from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.rope import RopeTable, apply_rope, softmax_scale
+from dsv3_jax.precision.policy import Policy
+from dsv3_jax.typing import Array, Bool, Float, Int, Params
+
+Attend = Callable[..., Float[Array, "B T H W"]]
+
+
+class Latents(NamedTuple):
+    """What decoding keeps of a token: C + R numbers a layer, in place of 2·H·(I + R)."""
+
+    kv: Float[Array, "B T C"]
+    """c^KV after its norm (eq. 1)."""
+    k_rope: Float[Array, "B T R"]
+    """k^R after rope, one for all heads (eq. 3)."""
+
+
+def queries(
+    params: Params, x: Float[Array, "B T D"], rope: RopeTable, *, cfg: ModelConfig, policy: Policy
+) -> tuple[Float[Array, "B T H I"], Float[Array, "B T H R"]]:
+    """q^C and q^R, through the query latent where there is one (eq. 6-9)."""
+    if cfg.mla.q_latent_dim is None:
+        q_BTX = policy.linear(x, params["q"].reshape(cfg.model_dim, -1))
+    else:
+        latent_BTQ = rms_norm(policy.linear(x, params["q_down"]), params["q_norm"], eps=cfg.latent_norm_eps)
+        latent_BTQ = checkpoint_name(latent_BTQ, "norm")
+        q_BTX = policy.linear(latent_BTQ, params["q_up"].reshape(cfg.mla.q_latent_dim, -1))
+    q_BTX = checkpoint_name(q_BTX, "mla_up")
+    q_BTHX = q_BTX.reshape(*x.shape[:2], cfg.mla.num_heads, cfg.mla.qk_head_dim)
+    q_nope, q_rope = jnp.split(q_BTHX, [cfg.mla.nope_head_dim], axis=-1)
+    return q_nope, apply_rope(q_rope, rope)
+
+
+def latents(params: Params, x: Float[Array, "B T D"], rope: RopeTable, *, cfg: ModelConfig, policy: Policy) -> Latents:
+    """c^KV and k^R (eq. 1 and 3)."""
+    down_BTX = policy.linear(x, params["kv_down"])
+    kv, k_rope = jnp.split(down_BTX, [cfg.mla.kv_latent_dim], axis=-1)
+    kv = checkpoint_name(rms_norm(kv, params["kv_norm"], eps=cfg.latent_norm_eps), "norm")
+    return Latents(kv, apply_rope(k_rope, rope))
+
+
+def mla(
+    params: Params,
+    x: Float[Array, "B T D"],
+    rope: RopeTable,
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    cfg: ModelConfig,
+    policy: Policy,
+    attend: Attend = attend_blocked,
+) -> tuple[Float[Array, "B T D"], Latents]:
+    """Naive form: expands keys and values of every head (eq. 1-11). Also returns what a cache would keep."""
+    q_nope, q_rope = queries(params, x, rope, cfg=cfg, policy=policy)
+    cached = latents(params, x, rope, cfg=cfg, policy=policy)
+    kv_BTX = policy.linear(cached.kv, params["kv_up"].reshape(cfg.mla.kv_latent_dim, -1))
+    kv_BTX = checkpoint_name(kv_BTX, "mla_up")
+    kv_BTHX = kv_BTX.reshape(*x.shape[:2], cfg.mla.num_heads, -1)
+    k_nope, v = jnp.split(kv_BTHX, [cfg.mla.nope_head_dim], axis=-1)
+    k_rope = jnp.broadcast_to(cached.k_rope[:, :, None, :], q_rope.shape)
+    out_BTHW = attend(
+        jnp.concatenate([q_nope, q_rope], axis=-1),
+        jnp.concatenate([k_nope, k_rope], axis=-1),
+        v,
+        segment_ids,
+        scale=softmax_scale(cfg.mla, cfg.yarn),
+    )
+    return _project_out(params, out_BTHW, policy=policy), cached
+
+
+def mla_absorbed(
+    params: Params,
+    x: Float[Array, "B T D"],
+    rope: RopeTable,
+    cache: Float[Array, "B S C+R"],
+    visible: Bool[Array, "B T S"],
+    *,
+    cfg: ModelConfig,
+    policy: Policy,
+) -> Float[Array, "B T D"]:
+    """Absorbed form: W^UK moves into the query, W^UV behind attention, so heads read the latents themselves.
+
+    `cache` already holds the new tokens' rows; `visible` marks the rows that each query may read.
+    """
+    q_nope, q_rope = queries(params, x, rope, cfg=cfg, policy=policy)
+    kv_up_CHX = params["kv_up"].astype(policy.compute_dtype)
+    k_up_CHI, v_up_CHW = jnp.split(kv_up_CHX, [cfg.mla.nope_head_dim], axis=-1)
+    q_latent = jnp.einsum("bthi,chi->bthc", q_nope, k_up_CHI)
+    out_BTHC = attend_latent(q_latent, q_rope, cache, visible, scale=softmax_scale(cfg.mla, cfg.yarn))
+    out_BTHW = jnp.einsum("bthc,chw->bthw", out_BTHC, v_up_CHW)
+    return _project_out(params, out_BTHW, policy=policy)
+
+
+def _project_out(params: Params, out_BTHW: Array, *, policy: Policy) -> Float[Array, "B T D"]:
+    """u = W^O·[o_1; …; o_h] (eq. 11)."""
+    B, T = out_BTHW.shape[:2]
+    w_XD = params["out"].reshape(-1, params["out"].shape[-1])
+    return policy.linear(out_BTHW.reshape(B, T, -1), w_XD)
+
+
+class MLA(nn.Module):
+    """Declares the projections; W^DKV and W^KR lie side by side in `kv_down`, W^UK and W^UV in `kv_up`."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def weights(self) -> dict:
+        mla_cfg, D = self.cfg.mla, self.cfg.model_dim
+        H, C, R = mla_cfg.num_heads, mla_cfg.kv_latent_dim, mla_cfg.rope_head_dim
+
+        def weight(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array:
+            normal = nn.with_partitioning(nn.initializers.normal(self.cfg.init_std), axes)
+            return self.param(name, normal, shape, jnp.float32)
+
+        def norm(name: str, dim: int, axis: str) -> Array:
+            return self.param(name, nn.with_partitioning(nn.initializers.ones, (axis,)), (dim,), jnp.float32)
+
+        declared = {
+            "kv_down": weight("kv_down", (D, C + R), ("embed", None)),
+            "kv_norm": norm("kv_norm", C, "kv_latent"),
+            "kv_up": weight("kv_up", (C, H, mla_cfg.nope_head_dim + mla_cfg.v_head_dim), ("kv_latent", "heads", None)),
+            "out": weight("out", (H, mla_cfg.v_head_dim, D), ("heads", None, "embed")),
+        }
+        if mla_cfg.q_latent_dim is None:
+            return declared | {"q": weight("q", (D, H, mla_cfg.qk_head_dim), ("embed", "heads", None))}
+        Q = mla_cfg.q_latent_dim
+        return declared | {
+            "q_down": weight("q_down", (D, Q), ("embed", "q_latent")),
+            "q_norm": norm("q_norm", Q, "q_latent"),
+            "q_up": weight("q_up", (Q, H, mla_cfg.qk_head_dim), ("q_latent", "heads", None)),
+        }
+
+    def __call__(self, x, rope, segment_ids=None, *, policy: Policy, attend: Attend = attend_blocked):
+        return mla(self.weights(), x, rope, segment_ids, cfg=self.cfg, policy=policy, attend=attend)

@@ -1,0 +1,48 @@
+"""SwiGLU feed-forward, used by dense layers and by the shared experts."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.precision.policy import Policy
+from dsv3_jax.typing import Array, Float, Params
+
+
+def swiglu(gate_up: Float[Array, "... 2*F"]) -> Float[Array, "... F"]:
+    """silu(gate)·up, where the last axis holds all gates, then all ups (arXiv 2002.05202)."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return checkpoint_name(jax.nn.silu(gate) * up, "swiglu")
+
+
+def mlp(params: Params, x: Float[Array, "... D"], *, policy: Policy) -> Float[Array, "... D"]:
+    """W_down·(silu(W_gate·x) · W_up·x); gate and up are one multiplication."""
+    gate_up = params["gate_up"]
+    hidden = policy.linear(x, gate_up.reshape(gate_up.shape[0], -1))
+    return policy.linear(swiglu(hidden), params["down"])
+
+
+class MLP(nn.Module):
+    """Declares a feed-forward of width `ffn_dim`."""
+
+    dim: int
+    ffn_dim: int
+    init_std: float
+
+    @nn.compact
+    def weights(self) -> dict:
+        normal = nn.initializers.normal(self.init_std)
+        return {
+            "gate_up": self.param(
+                "gate_up",
+                nn.with_partitioning(normal, ("embed", None, "ffn")),
+                (self.dim, 2, self.ffn_dim),
+                jnp.float32,
+            ),
+            "down": self.param(
+                "down", nn.with_partitioning(normal, ("ffn", "embed")), (self.ffn_dim, self.dim), jnp.float32
+            ),
+        }
+
+    def __call__(self, x: Float[Array, "... D"], *, policy: Policy) -> Float[Array, "... D"]:
+        return mlp(self.weights(), x, policy=policy)

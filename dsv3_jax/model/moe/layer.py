@@ -1,0 +1,115 @@
+"""DeepSeekMoE: shared experts plus the routed ones a token chose."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from dsv3_jax.config.model import MoEConfig
+from dsv3_jax.model.mlp import MLP, mlp
+from dsv3_jax.model.moe.dispatch import combine_rows, gather_rows, plan_blocks
+from dsv3_jax.model.moe.experts import expert_ffn
+from dsv3_jax.model.moe.router import Router, expert_load, route, router_logits, routing, sequence_balance_loss
+from dsv3_jax.precision.policy import Policy
+from dsv3_jax.typing import Array, Bool, Float, Int, Params
+
+Route = Callable[..., tuple[Float[Array, "N K"], Int[Array, "N K"]]]
+RoutedExperts = Callable[..., Float[Array, "N D"]]
+
+
+class Routing(NamedTuple):
+    """What the router of one layer decided (or of many, with a leading axis)."""
+
+    ids: Int[Array, "*L N K"]
+    weights: Float[Array, "*L N K"]
+    load: Int[Array, "*L E"]
+    """Tokens an expert received; padding does not count."""
+
+
+def local_experts(
+    params: Params,
+    x: Float[Array, "N D"],
+    ids: Int[Array, "N K"],
+    weights: Float[Array, "N K"],
+    *,
+    policy: Policy,
+) -> Float[Array, "N D"]:
+    """Σ_k weight·FFN_expert(x), dropless, on one device: sort by expert, multiply block by block, sum back."""
+    plan = plan_blocks(ids, params["down"].shape[0], block_size=64)
+    rows_MD = expert_ffn(gather_rows(x.astype(policy.compute_dtype), plan), params, plan.block_expert)
+    return combine_rows(rows_MD, weights, plan)
+
+
+def moe(
+    params: Params,
+    bias: Float[Array, "E"] | None,
+    x: Float[Array, "B T D"],
+    valid: Bool[Array, "B T"] | None,
+    *,
+    cfg: MoEConfig,
+    policy: Policy,
+    route: Route = route,
+    experts: RoutedExperts = local_experts,
+) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
+    """Σ shared(x) + Σ g·routed(x) (eq. 12, without the residual), what was routed, and the balance loss (eq. 17).
+
+    `valid` marks tokens that are not padding: only they count in loads and losses. The balance loss lacks its α.
+    """
+    B, T, D = x.shape
+    logits_BTE = router_logits(params["router"], x)
+    E = logits_BTE.shape[-1]
+    weights_NK, ids_NK = route(logits_BTE.reshape(-1, E), bias, **routing(cfg))
+    valid_N = None if valid is None else valid.reshape(-1)
+    routed = Routing(ids_NK, weights_NK, expert_load(ids_NK, valid_N, num_experts=E))
+    balance = sequence_balance_loss(logits_BTE, valid, top_k=cfg.top_k, score=cfg.score)
+    out = experts(params["experts"], x.reshape(-1, D), ids_NK, weights_NK, policy=policy).reshape(B, T, D)
+    if cfg.num_shared_experts:
+        out = out + mlp(params["shared"], x, policy=policy)
+    return out, routed, balance
+
+
+class MoE(nn.Module):
+    """Declares the router, the routed experts stacked on axis 0, and the shared experts as one wide MLP."""
+
+    cfg: MoEConfig
+    dim: int
+    init_std: float
+
+    @nn.compact
+    def weights(self) -> dict:
+        E, D, F = self.cfg.num_experts, self.dim, self.cfg.expert_dim
+        declared = {
+            "router": Router(self.cfg, D, self.init_std, name="router").weights(),
+            "experts": Experts(E, D, F, self.init_std, name="experts").weights(),
+        }
+        if self.cfg.num_shared_experts:
+            declared["shared"] = MLP(D, F * self.cfg.num_shared_experts, self.init_std, name="shared").weights()
+        return declared
+
+    def __call__(self, x: Float[Array, "B T D"], *, policy: Policy):
+        declared = self.weights()
+        return moe(declared, declared["router"].get("bias"), x, None, cfg=self.cfg, policy=policy)
+
+
+class Experts(nn.Module):
+    """Declares E feed-forwards of width F."""
+
+    num_experts: int
+    dim: int
+    expert_dim: int
+    init_std: float
+
+    @nn.compact
+    def weights(self) -> dict:
+        E, D, F = self.num_experts, self.dim, self.expert_dim
+        normal = nn.initializers.normal(self.init_std)
+        gate_up = nn.with_partitioning(normal, ("expert", "embed", None, "ffn"))
+        down = nn.with_partitioning(normal, ("expert", "ffn", "embed"))
+        return {
+            "gate_up": self.param("gate_up", gate_up, (E, D, 2, F), jnp.float32),
+            "down": self.param("down", down, (E, F, D), jnp.float32),
+        }
+
+    def __call__(self, x, ids, weights, *, policy: Policy) -> Float[Array, "N D"]:
+        return local_experts(self.weights(), x, ids, weights, policy=policy)
