@@ -1,0 +1,117 @@
+"""Sorting of tokens by expert into blocks of rows, without dropping any.
+
+Every expert's rows are contiguous and padded to whole blocks, so each block belongs to one expert and a grouped
+matmul needs one expert id a block. All shapes are static; all data movement, forward and backward, is a gather.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.typing import Array, Float, Int
+
+
+class BlockPlan(NamedTuple):
+    """Where each (token, choice) pair goes. M rows in blocks; unused rows and blocks lie anywhere past an expert's last.
+
+    `slot_of` row of each pair · `token_of` token of each row, N where the row is padding · `pair_of` index n·K + k of
+    each row, N·K where padding · `block_expert` expert of each block, -1 where unused · `load` tokens of each expert.
+    """
+
+    slot_of: Int[Array, "N K"]
+    token_of: Int[Array, "M"]
+    pair_of: Int[Array, "M"]
+    block_expert: Int[Array, "M_blocks"]
+    load: Int[Array, "E"]
+
+
+def num_blocks(num_pairs: int, num_experts: int, block_size: int) -> int:
+    """Blocks that suffice for any load: each expert that got a token wastes less than one."""
+    return num_pairs // block_size + min(num_experts, num_pairs)
+
+
+def plan_blocks(ids: Int[Array, "N K"], num_experts: int, *, block_size: int) -> BlockPlan:
+    """Lays the chosen pairs out by expert, in token order within an expert. M = block_size · `num_blocks(...)`."""
+    N, K = ids.shape
+    blocks = num_blocks(N * K, num_experts, block_size)
+    expert_of_pair = ids.reshape(N * K).astype(jnp.int32)
+    pair_in_order = jnp.argsort(expert_of_pair, stable=True).astype(jnp.int32)
+    expert_in_order = expert_of_pair[pair_in_order]
+    experts = jnp.arange(num_experts, dtype=jnp.int32)
+    last = jnp.searchsorted(expert_in_order, experts, side="right").astype(jnp.int32)
+    load = jnp.diff(last, prepend=jnp.zeros((1,), jnp.int32))
+    used_blocks = (load + (block_size - 1)) // block_size
+    block_end = jnp.cumsum(used_blocks, dtype=jnp.int32)
+    row_start = (block_end - used_blocks) * block_size
+
+    block_expert = jnp.searchsorted(block_end, jnp.arange(blocks, dtype=jnp.int32), side="right").astype(jnp.int32)
+    safe_expert = jnp.minimum(block_expert, num_experts - 1)
+    row_expert = jnp.repeat(safe_expert, block_size, total_repeat_length=blocks * block_size)
+    offset = jnp.arange(blocks * block_size, dtype=jnp.int32) - row_start[row_expert]
+    is_used = offset < load[row_expert]
+    position = jnp.clip((last - load)[row_expert] + offset, 0, N * K - 1)
+    pair_of = jnp.where(is_used, pair_in_order[position], N * K)
+
+    slot_in_order = row_start[expert_in_order] + jnp.arange(N * K, dtype=jnp.int32) - (last - load)[expert_in_order]
+    slot_of = slot_in_order[jnp.argsort(pair_in_order)].reshape(N, K)
+    return BlockPlan(
+        slot_of=slot_of,
+        token_of=jnp.where(is_used, pair_of // K, N),
+        pair_of=pair_of,
+        block_expert=jnp.where(block_expert < num_experts, block_expert, -1),
+        load=load,
+    )
+
+
+@jax.custom_vjp
+def gather_rows(x: Float[Array, "N D"], plan: BlockPlan) -> Float[Array, "M D"]:
+    """Row m of the result is the token of row m, zeros where the row is padding."""
+    return x.at[plan.token_of].get(mode="fill", fill_value=0)
+
+
+def _gather_rows_forward(x, plan):
+    return gather_rows(x, plan), plan
+
+
+def _gather_rows_backward(plan, d_rows):
+    N, K = plan.slot_of.shape
+    gathered_NKD = d_rows[plan.slot_of.reshape(N * K)].reshape(N, K, d_rows.shape[1])
+    d_x = gathered_NKD.astype(jnp.float32).sum(axis=1).astype(d_rows.dtype)
+    return d_x, _no_gradient(plan)
+
+
+gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+@jax.custom_vjp
+def combine_rows(rows: Float[Array, "M D"], weights: Float[Array, "N K"], plan: BlockPlan) -> Float[Array, "N D"]:
+    """Σ_k weights[n, k] · rows[slot_of[n, k]], summed in float32, in the dtype of `rows`."""
+    gathered_NKD = _rows_of_pairs(rows, plan)
+    return jnp.einsum("nkd,nk->nd", gathered_NKD, weights.astype(jnp.float32)).astype(rows.dtype)
+
+
+def _combine_rows_forward(rows, weights, plan):
+    return combine_rows(rows, weights, plan), (rows, weights, plan)
+
+
+def _combine_rows_backward(residuals, d_out):
+    rows, weights, plan = residuals
+    d_out_wide = d_out.astype(jnp.float32)
+    weight_M = weights.astype(jnp.float32).reshape(-1).at[plan.pair_of].get(mode="fill", fill_value=0)
+    d_rows = d_out_wide.at[plan.token_of].get(mode="fill", fill_value=0) * weight_M[:, None]
+    d_weights = jnp.einsum("nkd,nd->nk", _rows_of_pairs(rows, plan), d_out_wide)
+    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), _no_gradient(plan)
+
+
+combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
+
+
+def _rows_of_pairs(rows: Float[Array, "M D"], plan: BlockPlan) -> Float[Array, "N K D"]:
+    N, K = plan.slot_of.shape
+    return rows[plan.slot_of.reshape(N * K)].astype(jnp.float32).reshape(N, K, rows.shape[1])
+
+
+def _no_gradient(plan: BlockPlan) -> BlockPlan:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), plan)
