@@ -1,0 +1,75 @@
+# Everything happens in a virtual environment that the first command makes; nothing but Python is needed.
+#   PYTHON=python3.11 make test     another interpreter (it gets its own environment)
+#   make train RUN_DIR=runs/mine CONFIG=configs/tiny.py ARGS="--set train.seed=1"
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train test test-slow test-all lint bench clean
+
+PYTHON ?=
+VENV ?= $(if $(PYTHON),.venv-$(notdir $(PYTHON)),.venv)
+CONFIG ?= configs/tiny.py
+RUN_DIR ?= runs/tiny
+ARGS ?=
+TESTS ?= tests
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# Compiled XLA programs are kept between runs.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+help: ## this list
+	@echo "make ...        (RUN_DIR, CONFIG, ARGS, TESTS and PYTHON can be given: make train RUN_DIR=runs/mine)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make the virtual environment, if it is not there
+
+train: $(STAMP) ## train the tiny model on real code, about ten minutes on 2 cores; repeats resume
+	$(PY) train.py --config $(CONFIG) --run-dir $(RUN_DIR) $(ARGS)
+
+test: $(STAMP) ## the fast tests, under 15 minutes on 2 cores
+	$(PY) -m pytest $(TESTS) -q -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## only the slow tests
+	$(PY) -m pytest $(TESTS) -q -m "slow" $(ARGS)
+
+test-all: $(STAMP) ## all tests, under 45 minutes on 2 cores
+	$(PY) -m pytest $(TESTS) -q $(ARGS)
+
+lint: $(STAMP) ## ruff and pyright
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+bench: $(STAMP) ## training and decoding speed of configs/bench_30m.py
+	$(PY) -m dsv3_jax.bench.train configs/bench_30m.py $(ARGS)
+	$(PY) -m dsv3_jax.bench.decode configs/bench_30m.py $(ARGS)
+
+clean: ## remove environments, caches and build leftovers; runs/ stays
+	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The newest Python from 3.11 to 3.13 that can make an environment: on PATH, else one that pyenv installed.
+# A candidate is run, because a name on PATH may be a pyenv shim of a version that is not active.
+$(STAMP): pyproject.toml constraints.txt
+	@usable() { [ -x "$$1" ] && "$$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }; \
+	found=; \
+	if [ -n "$(PYTHON)" ]; then \
+	  usable "$$(command -v "$(PYTHON)")" && found=$$(command -v "$(PYTHON)"); \
+	else \
+	  for version in 3.13 3.12 3.11; do \
+	    for folder in $$(echo "$$PATH" | tr ':' ' ') "$$HOME"/.pyenv/versions/$$version*/bin; do \
+	      if usable "$$folder/python$$version"; then found=$$folder/python$$version; break 2; fi; \
+	    done; \
+	  done; \
+	fi; \
+	if [ -z "$$found" ]; then \
+	  echo "No usable $(or $(PYTHON),Python 3.11 to 3.13) found on PATH or in ~/.pyenv/versions. It must be 3.11 to 3.13 and have venv" >&2; \
+	  echo "and ensurepip (on Debian and Ubuntu: apt install python3-venv); then PYTHON=/path/to/python make ..." >&2; exit 1; \
+	fi; \
+	echo "Installing into $(VENV) with $$("$$found" --version) from $$found: one to three minutes, once."; \
+	"$$found" -m venv --clear $(VENV)
+	@$(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]'
+	@touch $@

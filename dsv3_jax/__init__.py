@@ -1,0 +1,53 @@
+"""DeepSeek-V3 in JAX and Flax: the public names. Importing this runs nothing; each name loads when first used."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsv3_jax.config.load import load_config
+    from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig, YarnConfig
+    from dsv3_jax.interop.convert import load_pretrained, save_pretrained
+    from dsv3_jax.model.params import abstract_params, init
+    from dsv3_jax.model.transformer import forward
+    from dsv3_jax.serving.generate import generate
+
+__all__ = [
+    "MLAConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "YarnConfig",
+    "abstract_params",
+    "forward",
+    "generate",
+    "init",
+    "load_config",
+    "load_pretrained",
+    "save_pretrained",
+]
+
+_HOME = {
+    "MLAConfig": "dsv3_jax.config.model",
+    "MoEConfig": "dsv3_jax.config.model",
+    "ModelConfig": "dsv3_jax.config.model",
+    "YarnConfig": "dsv3_jax.config.model",
+    "abstract_params": "dsv3_jax.model.params",
+    "forward": "dsv3_jax.model.transformer",
+    "generate": "dsv3_jax.serving.generate",
+    "init": "dsv3_jax.model.params",
+    "load_config": "dsv3_jax.config.load",
+    "load_pretrained": "dsv3_jax.interop.convert",
+    "save_pretrained": "dsv3_jax.interop.convert",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Loads a public name from the module it lives in (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
