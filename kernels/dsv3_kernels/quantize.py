@@ -1,0 +1,113 @@
+"""Quantisation of matrices to E4M3 in tiles that share one scale.
+
+The layout of DeepSeek-V3: weights in 128x128 tiles, activations in 1x128, transposed activations in 128x1
+(report section 3.3). Every function takes NumPy arrays and gives NumPy arrays, or takes JAX arrays (also traced)
+and gives JAX arrays, with the same bits.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E4M3_MAX = 448.0
+AMAX_FLOOR = 1e-4
+"""A tile's largest magnitude counts as at least this, so that a tile of zeros has a scale."""
+
+
+class QTensor(NamedTuple):
+    """E4M3 `values` [..., R, C] with float32 `scales` [..., ceil(R/r), ceil(C/c)]: multiply to dequantise."""
+
+    values: Any
+    scales: Any
+
+
+def quantize_tiles(
+    x: Float[Array | np.ndarray, "*batch R C"], *, tile: tuple[int, int], scale: str = "float32"
+) -> QTensor:
+    """Rounds `x` to E4M3 with one scale a tile of `tile` = (rows, columns); edge tiles may be ragged.
+
+    scale = max(amax, 1e-4) / 448, and with "ue8m0" the next power of two at or above it; values = x * (1 / scale),
+    clipped to +-448 before the cast, which would overflow to NaN.
+
+    With float32 scales quantise(dequantise(quantise(x))) equals quantise(x) bit for bit. The scale survives because
+    for s = fl(a / 448) also fl(fl(448 s) / 448) = s: let 448 = 7 * 2^6 and a' = fl(7 s). If ulp(a') = 8 ulp(s), then
+    a' = a, for |7 s - a| <= 3.5 ulp(s); else |a' - 7 s| <= 2 ulp(s), so s is the float nearest to a' / 7. (It fails
+    for one in nine floats s that are no quotient fl(a / 448).)
+
+    Args:
+        x: any float type; computed in float32. Leading axes are a batch.
+        tile: rows and columns that share a scale, such as (128, 128), (1, 128), (128, 1).
+        scale: "float32", or "ue8m0" for scales that are powers of two.
+    Returns: `QTensor` of the shape of `x`. A tile that holds a NaN or infinity has a non-finite scale.
+    Raises: ValueError for a tile that is not positive or an unknown `scale`.
+    """
+    if min(tile) < 1:
+        raise ValueError(f"tile={tile} must be two positive numbers of rows and columns.")
+    if scale not in ("float32", "ue8m0"):
+        raise ValueError(f"scale={scale!r} is unknown; use 'float32' or 'ue8m0'.")
+    xp = x.__array_namespace__()
+    tiles = _tiles(x.astype(np.float32), tile)
+    amax = xp.maximum(xp.max(xp.abs(tiles), axis=(-3, -1)), np.float32(AMAX_FLOOR))
+    scales = _opaque(amax / _opaque(xp.full_like(amax, E4M3_MAX)))
+    if scale == "ue8m0":
+        scales = _ceil_to_power_of_two(scales)
+    with np.errstate(invalid="ignore"):  # inf / inf: the scale tells
+        scaled = tiles * _opaque(np.float32(1.0) / scales)[..., :, None, :, None]
+    values = xp.clip(scaled, np.float32(-E4M3_MAX), np.float32(E4M3_MAX)).astype(E4M3)
+    return QTensor(_untile(values, x.shape), scales)
+
+
+def dequantize_tiles(
+    q: QTensor, *, tile: tuple[int, int], dtype: jax.typing.DTypeLike = np.float32
+) -> Float[Array | np.ndarray, "*batch R C"]:
+    """values * scales, multiplied in float32, then cast to `dtype`.
+
+    Args:
+        q: values [..., R, C] and scales [..., ceil(R/r), ceil(C/c)].
+        tile: the tile they were made with; it cannot be told from the shapes when edge tiles are ragged.
+    Raises: ValueError when the scales are not one a tile.
+    """
+    rows, columns = q.values.shape[-2:]
+    expected = (*q.values.shape[:-2], -(-rows // tile[0]), -(-columns // tile[1]))
+    if q.scales.shape != expected:
+        raise ValueError(
+            f"scales {q.scales.shape} do not fit values {q.values.shape} in tiles of {tile}; expected {expected}."
+        )
+    tiles = _tiles(q.values.astype(np.float32), tile)
+    return _untile(tiles * q.scales.astype(np.float32)[..., :, None, :, None], q.values.shape).astype(dtype)
+
+
+def _tiles(x: Any, tile: tuple[int, int]) -> Any:
+    """[..., R, C] -> [..., ceil(R/r), r, ceil(C/c), c], filled with zeros."""
+    r, c = tile
+    *batch, rows, columns = x.shape
+    if rows % r or columns % c:
+        x = x.__array_namespace__().pad(x, [(0, 0)] * len(batch) + [(0, -rows % r), (0, -columns % c)])
+    return x.reshape(*batch, -(-rows // r), r, -(-columns // c), c)
+
+
+def _untile(tiles: Any, shape: tuple[int, ...]) -> Any:
+    """Inverse of `_tiles`: drops the fill."""
+    *batch, num_rows, r, num_columns, c = tiles.shape
+    return tiles.reshape(*batch, num_rows * r, num_columns * c)[..., : shape[-2], : shape[-1]]
+
+
+def _ceil_to_power_of_two(scales: Any) -> Any:
+    """UE8M0: biased exponent + 1 if the mantissa is not zero, within 1..254, so a finite power of two."""
+    xp = scales.__array_namespace__()
+    bits = scales.view(np.int32)
+    exponent = (bits >> np.int32(23)) + (bits & np.int32(0x7FFFFF) != np.int32(0)).astype(np.int32)
+    return (xp.clip(exponent, np.int32(1), np.int32(254)) << np.int32(23)).view(np.float32)
+
+
+def _opaque(x: Any) -> Any:
+    """The same numbers, of which XLA cannot see the origin.
+
+    It would turn x / 448 into x * (1 / 448), which has another last bit for half of all x, and 1 / (x / 448) into
+    448 / x.
+    """
+    return jax.lax.optimization_barrier(x) if isinstance(x, jax.Array) else x
