@@ -1,0 +1,213 @@
+"""The tree of the repository keeps its promises: imports point one way, files stay small, nothing machine-bound."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each part may import of this project, besides itself.
+ALLOWED = {
+    "kernels/dsv3_kernels": [],
+    "dsv3_jax/typing.py": [],
+    "dsv3_jax/config": ["dsv3_jax.typing"],
+    "dsv3_jax/precision": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config"],
+    "dsv3_jax/model": [
+        "dsv3_jax.typing",
+        "dsv3_kernels",
+        "dsv3_jax.config",
+        "dsv3_jax.precision",
+        "dsv3_jax.parallel.axes",
+    ],
+    "dsv3_jax/parallel": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config"],
+    "dsv3_jax/data": ["dsv3_jax.typing", "dsv3_jax.config"],
+    # convert quantises with dsv3_kernels.quantize; export reads a run's checkpoint.
+    "dsv3_jax/interop": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config", "dsv3_jax.model.params"],
+    "dsv3_jax/interop/export.py": [
+        "dsv3_jax.typing",
+        "dsv3_kernels",
+        "dsv3_jax.config",
+        "dsv3_jax.model.params",
+        "dsv3_jax.data",
+        "dsv3_jax.training",
+    ],
+    "dsv3_jax/training": [
+        "dsv3_jax.typing",
+        "dsv3_kernels",
+        "dsv3_jax.config",
+        "dsv3_jax.precision",
+        "dsv3_jax.model",
+        "dsv3_jax.parallel",
+        "dsv3_jax.data",
+        "dsv3_jax.interop",
+        "dsv3_jax.planning",
+    ],
+    "dsv3_jax/serving": [
+        "dsv3_jax.typing",
+        "dsv3_kernels",
+        "dsv3_jax.config",
+        "dsv3_jax.precision",
+        "dsv3_jax.model",
+        "dsv3_jax.parallel",
+        "dsv3_jax.data",
+        "dsv3_jax.interop",
+    ],
+    "dsv3_jax/planning": [
+        "dsv3_jax.typing",
+        "dsv3_jax.config",
+        "dsv3_jax.model",
+        "dsv3_jax.parallel",
+        "dsv3_jax.interop.hf_names",
+    ],
+}
+# Edges see everything.
+EDGES = ("dsv3_jax/__init__.py", "dsv3_jax/bench")
+
+PURE = [
+    "dsv3_jax/typing.py",
+    "dsv3_jax/config/check.py",
+    "dsv3_jax/config/model.py",
+    "dsv3_jax/config/train.py",
+    "dsv3_jax/config/run.py",
+    "dsv3_jax/model",
+    "dsv3_jax/precision",
+    "dsv3_jax/interop/hf_names.py",
+    "dsv3_jax/training/loss.py",
+    "dsv3_jax/training/optimizer.py",
+    "dsv3_jax/training/schedules.py",
+    "dsv3_jax/training/state.py",
+    "dsv3_jax/training/step.py",
+    "kernels/dsv3_kernels/quantize.py",
+]
+IMPURE_MODULES = {"os", "pathlib", "time", "logging", "json", "duckdb", "random", "subprocess", "socket"}
+
+
+def _sources() -> list[Path]:
+    """Every Python file of the project: what git tracks or would track."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode == 0:
+        return sorted(ROOT / name for name in set(listed.stdout.splitlines()) if (ROOT / name).is_file())
+    folders = ("dsv3_jax", "kernels", "configs", "tests")
+    return sorted([*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))])
+
+
+SOURCES = _sources()
+LIBRARY = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("dsv3_jax", "kernels")]
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, `from a import b` as a.b; anywhere in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{_name(path)}:{node.lineno} imports relatively; write the full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=_name)
+def test_imports_point_one_way(path: Path) -> None:
+    name = _name(path)
+    if name.startswith(EDGES):
+        return
+    part = max((part for part in ALLOWED if name == part or name.startswith(part + "/")), key=len, default=None)
+    assert part is not None, f"{name} lies in no part that ALLOWED knows"
+    own = "dsv3_kernels" if part.startswith("kernels") else ".".join(Path(name).parts[:2])
+    allowed = [*ALLOWED[part], own]
+    ours = [module for module in _imports(path) if module.split(".")[0] in ("dsv3_jax", "dsv3_kernels")]
+    wrong = [module for module in ours if not any(_is_within(module, package) for package in allowed)]
+    assert not wrong, f"{name} may import {allowed}, not {wrong}"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_parts_touch_no_files_and_no_clock(name: str) -> None:
+    paths = [path for path in LIBRARY if _name(path) == name or _name(path).startswith(name + "/")]
+    if name != "dsv3_jax/precision":
+        assert paths, f"{name} does not exist; correct PURE"
+    for path in paths:
+        wrong = IMPURE_MODULES & {module.split(".")[0] for module in _imports(path)}
+        assert not wrong, f"{_name(path)} is pure but imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_file_is_small_and_finished(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 500, f"{_name(path)} has {len(text.splitlines())} lines; split it by idea"
+    assert text == "" or ast.get_docstring(ast.parse(text)), f"{_name(path)} has no docstring"
+    marks = "TO" + "DO|FIX" + "ME|XX" + "X|HA" + "CK"
+    assert not re.search(rf"\b({marks})\b", text), f"{_name(path)} has an unfinished mark"
+    assert not re.search(r"^\s*\.\.\.\s*$", text, re.MULTILINE) or "Protocol" in text, f"{_name(path)} has a stub"
+
+
+def test_no_pickle() -> None:
+    for path in SOURCES:
+        wrong = {"pickle", "cloudpickle", "dill", "joblib", "shelve"} & {m.split(".")[0] for m in _imports(path)}
+        assert not wrong, f"{_name(path)} imports {sorted(wrong)}"
+
+
+def test_no_machine_paths() -> None:
+    text_suffixes = {".py", ".md", ".toml", ".txt", ".json", ".yml", ".yaml", ".cfg", ""}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = listed.stdout.splitlines() if listed.returncode == 0 else [_name(path) for path in SOURCES]
+    machine = re.compile(r"(?<![\w.$}])/(home|Users|work|root|opt|mnt|scratch)/[A-Za-z0-9]")
+    for name in names:
+        path = ROOT / name
+        if path.suffix in text_suffixes and path.is_file() and path != Path(__file__):
+            found = machine.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{name} names a path of one machine: {found.group() if found else ''}"
+
+
+def test_constraints_name_no_index() -> None:
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert "://" not in text
+    assert "--" not in text
+
+
+def test_kernels_is_not_a_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_no_grab_bag_files() -> None:
+    assert not [_name(path) for path in SOURCES if path.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+def test_declared_dependencies_are_those_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {_module(line) for line in project["dependencies"]}
+    allowed = {*sys.stdlib_module_names, "dsv3_jax", "dsv3_kernels"}
+    runtime = [path for path in SOURCES if not _name(path).startswith("tests/")]
+    imported = {module.split(".")[0] for path in runtime for module in _imports(path)} - allowed
+    assert imported == declared
+
+
+def _module(requirement: str) -> str:
+    """The import name of a requirement."""
+    name = re.split(r"[<>=;\[ ]", requirement)[0]
+    return {"orbax-checkpoint": "orbax"}.get(name, name)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, dsv3_jax; print(sorted({'jax', 'flax', 'numpy', 'tokenizers'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
