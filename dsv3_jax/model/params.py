@@ -46,7 +46,7 @@ def abstract_params(cfg: ModelConfig, dtype: DType = jnp.float32) -> dict:
     """The tree of `init` with a `ParamSpec` at each leaf. Allocates nothing: a second for 671B."""
     boxed = jax.eval_shape(partial(_declare_model, cfg), jax.random.key(0))
 
-    def spec(leaf: nn.Partitioned, leaf_dtype: jnp.dtype) -> ParamSpec:
+    def spec(leaf: nn.Partitioned, leaf_dtype: DType) -> ParamSpec:
         shape = leaf.value.shape
         names = tuple(leaf.names)
         axes = ("layers",) * (len(shape) - len(names)) + names

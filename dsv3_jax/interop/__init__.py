@@ -1,0 +1,1 @@
+"""Checkpoints in the official Hugging Face format, in and out."""
