@@ -107,7 +107,7 @@ def hidden_states(
     `remat`: what backward recomputes: "none" nothing, "paper" norms, MLA up-projections and the SwiGLU product
     (report section 3.2.3), "full" whole layers. `keep` says what of each layer's latents is returned in `kept`.
     """
-    params, router_state = variables["params"], variables.get("router_state", {})
+    params = variables["params"]
     parts = Parts(policy or _policy_of(variables), attend, route, experts)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
@@ -132,7 +132,7 @@ def hidden_states(
     if cfg.num_dense_layers:
         x, kept_dense = jax.lax.scan(rematerialised(dense_step, remat), x, params["dense_layers"])
     if cfg.num_moe_layers:
-        stack = (params["moe_layers"], _bias(router_state, "moe_layers"))
+        stack = (params["moe_layers"], layer_biases(variables))
         x, (kept_moe, routing, balance) = jax.lax.scan(rematerialised(moe_step, remat), x, stack)
         balance_losses.append(balance)
     hidden = rms_norm(x, params["final_norm"]["scale"], eps=cfg.norm_eps)
@@ -141,7 +141,7 @@ def hidden_states(
     if cfg.mtp_depth and with_mtp:
         out = mtp(
             params["mtp"],
-            _bias(router_state, "mtp", "block"),
+            mtp_biases(variables),
             params["embed"],
             hidden,
             tokens,
@@ -166,12 +166,23 @@ def rematerialised(step: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(step, prevent_cse=False, policy=recomputed if remat == "paper" else None)
 
 
-def _bias(router_state, *path: str):
+def layer_biases(variables: Variables) -> Float[Array, "L E"] | None:
+    """The router biases of the main model's MoE layers; None where routing has no bias."""
+    return _bias(variables, "moe_layers")
+
+
+def mtp_biases(variables: Variables) -> Float[Array, "k E"] | None:
+    """The router biases of the MTP modules; None where routing has no bias."""
+    return _bias(variables, "mtp", "block")
+
+
+def _bias(variables: Variables, *path: str) -> Array | None:
+    node = variables.get("router_state", {})
     for name in (*path, "moe", "router", "bias"):
-        if name not in router_state:
+        if name not in node:
             return None
-        router_state = router_state[name]
-    return router_state
+        node = node[name]
+    return node
 
 
 def _policy_of(variables: Variables) -> Policy:

@@ -1,0 +1,134 @@
+"""The two steps of generation over a contiguous latent cache: prefill of a prompt, decoding of one token."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.model.block import Parts, dense_block, moe_block
+from dsv3_jax.model.embedding import embed, unembed
+from dsv3_jax.model.mla import Latents, latents, mla_absorbed
+from dsv3_jax.model.moe.few_tokens import stacked_experts
+from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.rope import rope_table
+from dsv3_jax.model.transformer import hidden_states, layer_biases
+from dsv3_jax.precision.policy import Policy
+from dsv3_jax.typing import Array, Float, Int, Variables
+
+
+class LatentCache(NamedTuple):
+    """C + R numbers (512 + 64 in V3) a token and layer; the dense layers come first.
+
+    All sequences end at the same row, so a batch of unequal prompts is padded on the left: rows below
+    `padding[b]` hold nothing, and row s of sequence b is position s - padding[b].
+    """
+
+    rows: Float[Array, "L B S C+R"]
+    padding: Int[Array, "B"]
+    length: Int[Array, ""]
+    """Rows in use."""
+
+
+def prefill(
+    cfg: ModelConfig,
+    variables: Variables,
+    tokens: Int[Array, "B T"],
+    padding: Int[Array, "B"],
+    *,
+    cache_size: int,
+    policy: Policy,
+) -> tuple[LatentCache, Float[Array, "B V"]]:
+    """Reads whole prompts, padded on the left, into a fresh cache of `cache_size` rows.
+
+    Uses the naive form of MLA. Returns the cache and the float32 logits after each prompt's last token.
+    """
+    T = tokens.shape[1]
+    index = jnp.arange(T, dtype=jnp.int32)[None, :] - padding[:, None]
+    states = hidden_states(
+        cfg,
+        variables,
+        tokens,
+        jnp.maximum(index, 0),
+        (index >= 0).astype(jnp.int32),
+        policy=policy,
+        keep=_cache_rows,
+        with_mtp=False,
+    )
+    rows = jnp.concatenate([kept for kept in states.kept if kept is not None])
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, cache_size - T), (0, 0)))
+    logits = unembed(variables["params"]["unembed"], states.hidden[:, -1], policy=policy)
+    return LatentCache(rows, padding, jnp.int32(T)), logits
+
+
+def decode(
+    cfg: ModelConfig,
+    variables: Variables,
+    tokens: Int[Array, "B"],
+    cache: LatentCache,
+    *,
+    policy: Policy,
+) -> tuple[LatentCache, Float[Array, "B V"]]:
+    """Appends one token to each sequence and returns float32 logits for the next. Absorbed form of MLA.
+
+    The cache must have a free row (`length` < S).
+    """
+    params, parts = variables["params"], Parts(policy)
+    position = (cache.length - cache.padding)[:, None]
+    rope = rope_table(position, rope_dim=cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
+    row_ids = jnp.arange(cache.rows.shape[2])[None, :]
+    visible_BTS = ((row_ids >= cache.padding[:, None]) & (row_ids <= cache.length))[:, None, :]
+
+    def mix_into(rows, layer):
+        def mix(mla_params, normed):
+            new = _cache_rows(latents(mla_params, normed, rope, cfg=cfg, policy=policy))
+            updated = jax.lax.dynamic_update_slice(rows, new[None].astype(rows.dtype), (layer, 0, cache.length, 0))
+            of_layer = jax.lax.dynamic_index_in_dim(updated, layer, keepdims=False)
+            return mla_absorbed(mla_params, normed, rope, of_layer, visible_BTS, cfg=cfg, policy=policy), updated
+
+        return mix
+
+    def dense_step(carry, layer_and_params):
+        x, rows = carry
+        layer, layer_params = layer_and_params
+        x, rows = dense_block(layer_params, x, mix_into(rows, layer), cfg=cfg, parts=parts)
+        return (x, rows), None
+
+    def moe_step(carry, layer_and_params):
+        x, rows = carry
+        index, layer_params, bias = layer_and_params
+
+        def experts(stack, x, ids, weights, *, policy):
+            return stacked_experts(stack, index, x, ids, weights, policy=policy)
+
+        layer_params = {**layer_params, "moe": {**layer_params["moe"], "experts": expert_stack}}
+        x, rows, _, _ = moe_block(
+            layer_params,
+            bias,
+            x,
+            None,
+            mix_into(rows, cfg.num_dense_layers + index),
+            cfg=cfg,
+            parts=parts._replace(experts=experts),
+        )
+        return (x, rows), None
+
+    carry = (embed(params["embed"], tokens[:, None], policy=policy), cache.rows)
+    if cfg.num_dense_layers:
+        layer_ids = jnp.arange(cfg.num_dense_layers, dtype=jnp.int32)
+        carry, _ = jax.lax.scan(dense_step, carry, (layer_ids, params["dense_layers"]))
+    if cfg.num_moe_layers:
+        # The experts stay out of the scan: slicing them layer by layer would copy all, chosen or not.
+        expert_stack = params["moe_layers"]["moe"]["experts"]
+        rest = dict(params["moe_layers"])
+        rest["moe"] = {name: leaf for name, leaf in rest["moe"].items() if name != "experts"}
+        layer_ids = jnp.arange(cfg.num_moe_layers, dtype=jnp.int32)
+        carry, _ = jax.lax.scan(moe_step, carry, (layer_ids, rest, layer_biases(variables)))
+    x, rows = carry
+    hidden = rms_norm(x[:, 0], params["final_norm"]["scale"], eps=cfg.norm_eps)
+    logits = unembed(params["unembed"], hidden, policy=policy)
+    return cache._replace(rows=rows, length=cache.length + 1), logits
+
+
+def _cache_rows(kept: Latents) -> Float[Array, "B T C+R"]:
+    return jnp.concatenate([kept.kv, kept.k_rope], axis=-1)
