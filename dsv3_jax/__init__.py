@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsv3_jax.config.load import load_config
     from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig, YarnConfig
-    from dsv3_jax.interop.convert import load_pretrained, save_pretrained
+    from dsv3_jax.interop.pretrained import load_pretrained, save_pretrained
     from dsv3_jax.model.params import abstract_params, init
     from dsv3_jax.model.transformer import forward
     from dsv3_jax.serving.generate import generate
@@ -35,8 +35,8 @@ _HOME = {
     "generate": "dsv3_jax.serving.generate",
     "init": "dsv3_jax.model.params",
     "load_config": "dsv3_jax.config.load",
-    "load_pretrained": "dsv3_jax.interop.convert",
-    "save_pretrained": "dsv3_jax.interop.convert",
+    "load_pretrained": "dsv3_jax.interop.pretrained",
+    "save_pretrained": "dsv3_jax.interop.pretrained",
 }
 
 
