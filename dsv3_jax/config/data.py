@@ -1,0 +1,76 @@
+"""Which text a run learns from: sources, tokenizer, packing."""
+
+import dataclasses
+from typing import Literal
+
+from dsv3_jax.config.check import check
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Everything the data folder reads.
+
+    Sources. `paths`: files, folders or globs of text (.txt, .md, source code: a document a file), .jsonl (a line)
+    and .parquet (a row), the text of the last two in `text_field`; empty: the standard library's own sources.
+    `on_bad_file`: "skip" leaves out and counts what cannot be read, "error" stops at it.
+    `heldout_fraction`: share of the documents kept for evaluation, chosen by the hash of their content.
+
+    Tokenizer. `tokenizer`: a tokenizer.json (or its folder); None trains a byte-level BPE with as many entries as
+    `ModelConfig.vocab_size` on at most `tokenizer_sample_bytes` of the training documents.
+
+    Order. `fim_rate`: share of documents rearranged for fill-in-the-middle (report section 4.1: 0.1).
+    `document_mask`: False joins documents and cuts them into rows, labels running over the joints (the report's
+    pre-training); True keeps documents of one row apart by segment ids (its fine-tuning).
+    `shuffle_rows`: window, in rows, over which rows are shuffled after packing; 1 turns it off.
+
+    Reading. `cache_dir`: folder of the tokenised shards, to share them between runs; None: `RUN_DIR/data`.
+    `prefetch_batches`: batches made ahead by a thread; 0 turns it off.
+    `heldout_overlap`: share of an evaluation window that repeats its predecessor as context only.
+    """
+
+    paths: tuple[str, ...] = ()
+    text_field: str = "text"
+    on_bad_file: Literal["error", "skip"] = "error"
+    heldout_fraction: float = 0.05
+    tokenizer: str | None = None
+    tokenizer_sample_bytes: int = 100_000_000
+    fim_rate: float = 0.1
+    document_mask: bool = False
+    shuffle_rows: int = 1024
+    cache_dir: str | None = None
+    prefetch_batches: int = 8
+    heldout_overlap: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(
+            isinstance(self.paths, tuple) and all(isinstance(path, str) and path for path in self.paths),
+            f"paths={self.paths!r} must be a tuple of non-empty strings; write data.paths=('my/folder',) (DataConfig).",
+        )
+        check(
+            self.text_field != "",
+            "text_field='' names no field; give the jsonl field or parquet column that holds the text (DataConfig).",
+        )
+        check(
+            self.on_bad_file in ("error", "skip"),
+            f"on_bad_file={self.on_bad_file!r} is unknown; use 'error' or 'skip' (DataConfig.on_bad_file).",
+        )
+        check(
+            0.0 < self.heldout_fraction < 1.0,
+            f"heldout_fraction={self.heldout_fraction} must lie between 0 and 1, both excluded (DataConfig).",
+        )
+        check(
+            0.0 <= self.fim_rate <= 1.0,
+            f"fim_rate={self.fim_rate} is not a share; use 0.0 (off) to 1.0 (DataConfig.fim_rate).",
+        )
+        check(
+            0.0 <= self.heldout_overlap < 1.0,
+            f"heldout_overlap={self.heldout_overlap} must lie in 0 <= x < 1; 0.5 is half a window (DataConfig).",
+        )
+        for name in ("tokenizer_sample_bytes", "shuffle_rows"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1 (DataConfig.{name}).")
+        check(
+            self.prefetch_batches >= 0,
+            f"prefetch_batches={self.prefetch_batches} is negative; use 0 for none (DataConfig.prefetch_batches).",
+        )
+        for name in ("tokenizer", "cache_dir"):
+            check(getattr(self, name) != "", f"{name}='' is empty; use None or a path (DataConfig.{name}).")

@@ -1,0 +1,145 @@
+"""Batches: an endless, resumable stream for training and a finite one for evaluation."""
+
+import functools
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from jaxtyping import Integer
+
+from dsv3_jax.config.check import UserError
+from dsv3_jax.config.data import DataConfig
+from dsv3_jax.data import fim, pack
+from dsv3_jax.data.rows import JoinedRows
+from dsv3_jax.data.shards import Shards
+from dsv3_jax.data.tokenizer import TextTokenizer
+
+Batch = dict[str, np.ndarray]
+
+_NUM_BINS = 16
+
+
+def make_train_iterator(
+    cfg: DataConfig,
+    tokenizer: TextTokenizer,
+    shards: Shards,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless batches (`pack.as_batch`: int32 [batch_size, seq_len] each), reshuffled every epoch.
+
+    `get_state()` is small JSON; `set_state` of it, in a fresh iterator made with the same arguments, continues with
+    the very next batch, bit for bit. What happens to a document depends on (seed, document, epoch) only. Process i of
+    n reads every n-th document of each epoch's order; `batch_size` is this process's. Call `close()` at the end.
+
+    Raises:
+        UserError: fewer documents than processes, or marks for fill-in-the-middle are missing.
+    """
+    if len(shards) < process_count:
+        raise UserError(
+            f"{len(shards)} training documents cannot feed {process_count} processes; use more, smaller documents."
+        )
+    if cfg.fim_rate > 0 and tokenizer.fim is None:
+        raise UserError("the tokenizer lacks the marks of fill-in-the-middle; set data.fim_rate=0.")
+    seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(4)]
+    arrange = functools.partial(_arrange, tokenizer=tokenizer, fim_rate=cfg.fim_rate)
+    documents = grain.MapDataset.source(shards).random_map(arrange, seed=seeds[0]).shuffle(seed=seeds[1])
+    documents = documents.slice(slice(process_index, None, process_count)).repeat(None)
+    stream = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if cfg.document_mask:
+        rows = _separate_rows(stream, seq_len=seq_len, pad_id=tokenizer.pad_id, seed=seeds[3])
+    else:
+        rows = JoinedRows(stream, seq_len=seq_len)
+    if cfg.shuffle_rows > 1:
+        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=cfg.shuffle_rows, seed=seeds[2])
+    batches = rows.batch(batch_size, drop_remainder=True).map(_finish)
+    batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=cfg.prefetch_batches)
+    return iter(batches)
+
+
+def heldout_batches(
+    tokenizer: TextTokenizer,
+    shards: Shards,
+    *,
+    batch_size: int,
+    seq_len: int,
+    overlap: float = 0.5,
+    max_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every held-out token once, in order, without fill-in-the-middle: batches as for training, and `num_bytes` [B].
+
+    Documents are `bos text eos`, each in windows of its own (`pack.heldout_windows`); `loss_mask` marks the tokens a
+    window scores, `num_bytes` the UTF-8 bytes these stand for. So bits per byte = Σ nll (nats) · loss_mask / ln 2 /
+    Σ num_bytes, with every byte and every end of document paid for; the same holds for a prefix of `max_batches`.
+    The last batch is filled up with rows of padding. All processes get the same number of batches.
+    """
+    windows = _windows(tokenizer, shards, seq_len, overlap)
+    size = batch_size * process_count
+    num_batches = 0
+    while max_batches is None or num_batches < max_batches:
+        rows = [row for _, row in zip(range(size), windows, strict=False)]
+        if not rows:
+            return
+        blank = {name: np.zeros_like(value) for name, value in rows[0].items()}
+        for name in ("tokens", "targets"):
+            blank[name] += tokenizer.pad_id
+        mine = (rows + [blank] * (size - len(rows)))[process_index * batch_size : (process_index + 1) * batch_size]
+        yield {name: np.stack([row[name] for row in mine]) for name in blank}
+        num_batches += 1
+
+
+def _arrange(
+    tokens: Integer[np.ndarray, "_"], rng: np.random.Generator, *, tokenizer: TextTokenizer, fim_rate: float
+) -> np.ndarray:
+    ids = tokens.astype(np.int32)
+    if rng.random() < fim_rate and tokenizer.fim is not None:
+        parts = fim.split(tokenizer.decode(ids), rng)
+        ids = fim.assemble(*(tokenizer.encode(part) for part in parts), ids=tokenizer.fim)
+    return pack.as_document(ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+
+
+class _Cut(grain.experimental.FlatMapTransform):
+    """Documents longer than a row become several pieces."""
+
+    def __init__(self, seq_len: int):
+        self.seq_len = seq_len
+        self.max_fan_out = 2**31
+
+    def flat_map(self, element: np.ndarray) -> list[dict[str, np.ndarray]]:
+        return [{"tokens": piece} for piece in pack.cut_document(element, self.seq_len)]
+
+
+def _separate_rows(stream: grain.IterDataset, *, seq_len: int, pad_id: int, seed: int) -> grain.IterDataset:
+    pieces = grain.experimental.FlatMapIterDataset(stream, _Cut(seq_len))
+    return grain.experimental.FirstFitPackIterDataset(
+        pieces,
+        length_struct={"tokens": seq_len + 1},
+        padding_struct={"tokens": pad_id},
+        num_packing_bins=_NUM_BINS,
+        seed=seed,
+    )
+
+
+def _finish(rows: dict[str, np.ndarray]) -> Batch:
+    return pack.as_batch(rows["tokens"], rows.get("tokens_segment_ids"), rows.get("tokens_positions"))
+
+
+def _windows(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> Iterator[Batch]:
+    sizes = tokenizer.bytes_per_token
+    for record in range(len(shards)):
+        ids = shards[record].astype(np.int32)
+        document = pack.as_document(ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+        for start, first, stop in pack.heldout_windows(len(document), seq_len, overlap):
+            padded = np.full(seq_len + 1, tokenizer.pad_id, np.int32)
+            padded[: stop - start] = document[start:stop]
+            segments = (np.arange(seq_len + 1) < stop - start).astype(np.int32)
+            row = {name: value[0] for name, value in pack.as_batch(padded[None], segments[None]).items()}
+            label = np.arange(start + 1, start + seq_len + 1)
+            row["loss_mask"] = ((label >= first) & (label < stop)).astype(np.int32)
+            yield {**row, "num_bytes": np.asarray(sizes[document[first:stop]].sum(), np.int32)}

@@ -1,0 +1,71 @@
+"""Packing: documents of any length into rows of one length."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+
+def as_document(tokens: Int[np.ndarray, "N"], *, bos_id: int, eos_id: int) -> Int[np.ndarray, "M"]:
+    """Frames a text by bos and eos: its first token has something to follow, and its end is predicted too."""
+    return np.concatenate([[bos_id], tokens, [eos_id]]).astype(np.int32)
+
+
+def join_and_cut(documents: Sequence[Int[np.ndarray, "_"]], seq_len: int) -> Int[np.ndarray, "rows T_plus_1"]:
+    """Joins documents into one stream and cuts it into rows of `seq_len` + 1 tokens (the report's pre-training).
+
+    The last token of a row is the first of the next, so every token but the very first is a label exactly once.
+    A tail shorter than a row is left out. The plain twin of `rows.JoinedRows`, which streams.
+    """
+    stream = np.concatenate(documents).astype(np.int32)
+    num_rows = max(0, (len(stream) - 1) // seq_len)
+    return stream[np.arange(num_rows)[:, None] * seq_len + np.arange(seq_len + 1)[None, :]]
+
+
+def cut_document(tokens: Int[np.ndarray, "N"], seq_len: int) -> list[Int[np.ndarray, "_"]]:
+    """Cuts one document into pieces of at most `seq_len` + 1 tokens that overlap by one, so no label is lost."""
+    return [tokens[start : start + seq_len + 1] for start in range(0, max(1, len(tokens) - 1), seq_len)]
+
+
+def as_batch(
+    tokens: Int[np.ndarray, "B T_plus_1"],
+    segment_ids: Int[np.ndarray, "B T_plus_1"] | None = None,
+    positions: Int[np.ndarray, "B T_plus_1"] | None = None,
+) -> dict[str, np.ndarray]:
+    """Splits rows into inputs and next-token labels: int32 [B, T] each.
+
+    `loss_mask` is 0 where the label lies in another document or in padding (segment 0). Without segments the
+    whole row is one segment at positions 0..T-1 and every label counts.
+
+    `targets[:, t]` is always the token after `tokens[:, t]`. The label of MTP depth k at t is `targets[:, t + k]`; it
+    counts where `t + k < T`, `segment_ids[:, t + k] == segment_ids[:, t]` and `loss_mask[:, t + k]`.
+    """
+    B, T = tokens.shape[0], tokens.shape[1] - 1
+    if segment_ids is None:
+        segment_ids = np.ones_like(tokens)
+    if positions is None:
+        positions = np.broadcast_to(np.arange(T + 1), (B, T + 1))
+    same = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, :-1] != 0)
+    return {
+        "tokens": tokens[:, :-1].astype(np.int32),
+        "targets": tokens[:, 1:].astype(np.int32),
+        "loss_mask": same.astype(np.int32),
+        "segment_ids": segment_ids[:, :-1].astype(np.int32),
+        "positions": positions[:, :-1].astype(np.int32),
+    }
+
+
+def heldout_windows(num_tokens: int, seq_len: int, overlap: float) -> list[tuple[int, int, int]]:
+    """Covers a document of `num_tokens` by windows (start, first, stop): feeds start..stop-2, scores first..stop-1.
+
+    Each token but the first is scored in exactly one window. Windows after the first are full and keep at least
+    `overlap` · `seq_len` tokens as context that is not scored again.
+    """
+    step = max(1, seq_len - int(seq_len * overlap))
+    scored = 1
+    windows = []
+    while scored < num_tokens:
+        stop = min(num_tokens, scored + (seq_len if scored == 1 else step))
+        windows.append((max(0, stop - seq_len - 1), scored, stop))
+        scored = stop
+    return windows

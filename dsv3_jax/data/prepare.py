@@ -1,0 +1,274 @@
+"""Prepares the data of a run: splits the corpus, trains the tokenizer, writes the shards.
+
+`python -m dsv3_jax.data.prepare --config configs/tiny.py --run-dir DIR` does it ahead of training.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from rich.console import Console
+from rich.progress import Progress
+
+from dsv3_jax.config.check import UserError
+from dsv3_jax.config.data import DataConfig
+from dsv3_jax.config.load import load_config
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.data import corpus, prepared, shards, split
+from dsv3_jax.data import tokenizer as tokenizer_module
+from dsv3_jax.data.prepared import FORMAT, MANIFEST_NAME, TOKENIZER_NAME, PreparedData, open_prepared
+from dsv3_jax.data.tokenizer import TextTokenizer
+
+_PROGRESS_AFTER_S = 10.0
+_CHUNK_CHARS = 2**20
+_DECODED_DOCUMENTS = 64
+
+
+def prepare(
+    cfg: DataConfig, model: ModelConfig, run_dir: str | Path, *, say: Callable[[str], None] | None = None
+) -> PreparedData:
+    """Opens the data of a run, making it first where it does not exist yet.
+
+    It lies in `cfg.cache_dir` or `run_dir/data`, is written aside and moved there whole, and then belongs to the run:
+    a resumed run reads the same batches even if the sources have changed since (this is said). `run_dir` also gets
+    the tokenizer. Several processes may call it at once; the first one works.
+
+    Args:
+        say: takes lines of progress; by default they go to stderr.
+
+    Raises:
+        UserError: unreadable sources, nothing on one side of the split, a tokenizer that does not fit the model or
+            loses text, data prepared with other settings, altered files, a disk that refuses.
+    """
+    say = say or _to_stderr
+    folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else Path(run_dir) / "data"
+    try:
+        with _locked(folder):
+            if not (folder / MANIFEST_NAME).exists():
+                _build(cfg, model, folder, say)
+                data = open_prepared(cfg, model, folder)
+            else:
+                data = open_prepared(cfg, model, folder)
+                if change := prepared.source_change(cfg, folder):
+                    say(f"data: the sources {change}; the run goes on with {folder} (delete it to start anew)")
+        _copy_tokenizer(folder, Path(run_dir))
+    except OSError as e:
+        raise UserError(f"the data cannot be written to {folder} ({e}); free space or choose data.cache_dir.") from e
+    return data
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `prepare` from the command line; 2 on an error the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.data.prepare", description=__doc__)
+    parser.add_argument("--config", required=True, help="a file of configs/")
+    parser.add_argument("--run-dir", required=True, help="folder of the run; the data goes to its data/")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one field")
+    given = parser.parse_args(arguments)
+    try:
+        cfg = load_config(given.config, given.set)
+        prepare(cfg.data, cfg.model, given.run_dir)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _build(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str], None]) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds something else than prepared data; choose another folder (data.cache_dir).")
+    started = time.monotonic()
+    listing = corpus.list_files(cfg)
+    tally = corpus.Tally()
+    hashes, num_bytes = prepared.scan(cfg, listing, tally)
+    if not len(hashes):
+        left_out = "; ".join(tally.rejected[:3]) or f"{tally.num_empty} empty documents"
+        raise UserError(f"no text in {', '.join(cfg.paths) or listing.root} ({left_out}); give other data.paths.")
+    rule = split.plan(hashes, cfg.heldout_fraction)
+    _say_tally(listing, tally, say)
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        tokenizer = _make_tokenizer(cfg, model, listing, rule, num_bytes, say)
+        (partial / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
+        counts = _write_shards(cfg, listing, rule, tokenizer, partial, num_bytes)
+        content = prepared.content_fingerprint(hashes)
+        manifest = {
+            "format": FORMAT,
+            "settings": prepared.settings(cfg, model),
+            "sources": {"listing": prepared.stat_fingerprint(listing), "content": content, "bytes": num_bytes},
+            "counts": counts,
+            "left_out": {"files": listing.num_ignored, "empty": tally.num_empty, "rejected": tally.rejected[:100]},
+            "split": dataclasses.asdict(rule),
+            "tokenizers": tokenizers.__version__,
+        }
+        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    train, held = counts["train"], counts["heldout"]
+    say(
+        f"data: {train['documents']} documents, {train['bytes'] / 1e6:.2f} MB, {train['tokens']} tokens to learn from; "
+        f"{held['documents']} documents, {held['bytes'] / 1e6:.2f} MB held out; "
+        f"{train['bytes'] / train['tokens']:.2f} bytes a token; ready in {time.monotonic() - started:.1f} s"
+    )
+
+
+def _write_shards(
+    cfg: DataConfig,
+    listing: corpus.Listing,
+    rule: split.Split,
+    tokenizer: TextTokenizer,
+    folder: Path,
+    num_bytes: int,
+) -> dict[str, dict[str, int]]:
+    dtype = "uint16" if tokenizer.num_tokens <= 2**16 else "uint32"
+    counts = {}
+    with _progress(num_bytes) as advance:
+        for side, name in enumerate(("train", "heldout")):
+            counts[name] = {"documents": 0, "tokens": 0, "bytes": 0}
+            texts = _texts(cfg, listing, rule, side)
+            shards.write(folder / name, _encoded(tokenizer, texts, counts[name], advance), dtype=dtype)
+            if not counts[name]["documents"]:
+                raise UserError(f"the corpus of {num_bytes} bytes is too small to be split; give more (data.paths).")
+    return counts
+
+
+def _make_tokenizer(
+    cfg: DataConfig,
+    model: ModelConfig,
+    listing: corpus.Listing,
+    rule: split.Split,
+    num_bytes: int,
+    say: Callable[[str], None],
+) -> TextTokenizer:
+    if cfg.tokenizer is not None:
+        made = tokenizer_module.load(cfg.tokenizer, bos_id=model.bos_id, eos_id=model.eos_id)
+    else:
+        if (model.bos_id, model.eos_id) != (0, 1):
+            raise UserError(
+                f"bos_id={model.bos_id}, eos_id={model.eos_id}, but a tokenizer trained here has 0 and 1; "
+                "set model.bos_id=0 and model.eos_id=1, or give data.tokenizer."
+            )
+        share = min(1.0, cfg.tokenizer_sample_bytes / num_bytes)
+        sample = min(num_bytes, cfg.tokenizer_sample_bytes) / 1e6
+        say(f"data: learning {model.vocab_size} tokens from {sample:.1f} MB of text")
+        # The low half of the hash: the high half decides what is held out.
+        texts = (t for t in _texts(cfg, listing, rule, 0) if (split.content_hash(t) & 0xFFFFFFFF) < share * 2**32)
+        made = tokenizer_module.train(texts, vocab_size=model.vocab_size)
+    if made.num_tokens > model.vocab_size:
+        raise UserError(
+            f"the tokenizer {cfg.tokenizer} has {made.num_tokens} tokens, more than vocab_size={model.vocab_size}; "
+            f"set model.vocab_size={made.num_tokens} or more."
+        )
+    if cfg.fim_rate > 0 and made.fim is None:
+        raise UserError(
+            f"the tokenizer {cfg.tokenizer} lacks {', '.join(tokenizer_module.FIM_MARKS)}; "
+            "add them as special tokens or set data.fim_rate=0."
+        )
+    return made
+
+
+def _texts(cfg: DataConfig, listing: corpus.Listing, rule: split.Split, side: int) -> Iterator[str]:
+    for document in corpus.read(cfg, listing, corpus.Tally()):
+        part = rule.parts(document.text)[side]
+        if part:
+            yield part
+
+
+def _encoded(
+    tokenizer: TextTokenizer, texts: Iterator[str], count: dict[str, int], advance: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    for chunk in _chunks(texts):
+        for text, ids in zip(chunk, tokenizer.encode_many(chunk), strict=True):
+            size = len(text.encode())
+            is_exact = int(tokenizer.bytes_per_token[ids].sum()) == size
+            if not is_exact or (count["documents"] < _DECODED_DOCUMENTS and tokenizer.decode(ids) != text):
+                raise UserError(
+                    "the tokenizer does not give back the text it was given (a normalizer, an unknown token or no "
+                    "byte-level BPE), so bits per byte would mean nothing; give another data.tokenizer."
+                )
+            count["documents"] += 1
+            count["tokens"] += len(ids)
+            count["bytes"] += size
+            yield ids
+        advance(sum(len(text.encode()) for text in chunk))
+
+
+def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_CHARS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _say_tally(listing: corpus.Listing, tally: corpus.Tally, say: Callable[[str], None]) -> None:
+    if listing.num_ignored:
+        say(f"data: {listing.num_ignored} files of unknown kinds in the given folders are left out")
+    if tally.num_empty and listing.root is None:
+        say(f"data: {tally.num_empty} empty documents are left out")
+    for message in tally.rejected[:10]:
+        say(f"data: left out: {message}")
+    if len(tally.rejected) > 10:
+        say(f"data: {len(tally.rejected) - 10} more files, lines or rows are left out")
+
+
+def _copy_tokenizer(folder: Path, run_dir: Path) -> None:
+    source, target = folder / TOKENIZER_NAME, run_dir / TOKENIZER_NAME
+    if target.exists() and target.read_bytes() == source.read_bytes():
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{TOKENIZER_NAME}.{os.getpid()}")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    import fcntl
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes to tokenise, shown only when it takes longer than ten seconds."""
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        bar = Progress(console=Console(stderr=True), transient=True)
+        task = bar.add_task("tokenising", total=num_bytes)
+
+        def advance(size: int) -> None:
+            if not bar.live.is_started and time.monotonic() - started > _PROGRESS_AFTER_S:
+                stack.enter_context(bar)
+            bar.update(task, advance=size)
+
+        yield advance
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

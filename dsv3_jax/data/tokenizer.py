@@ -1,0 +1,150 @@
+"""Byte-level BPE over the `tokenizers` library: text to ids, ids to text, bytes of each id."""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from dsv3_jax.config.check import UserError
+from dsv3_jax.data.fim import FimIds
+
+BOS, EOS, PAD = "<|bos_token|>", "<|eos_token|>", "<|pad_token|>"
+FIM_MARKS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
+SPECIAL_TOKENS = (BOS, EOS, PAD, *FIM_MARKS)
+"""Of a tokenizer trained here: their ids are 0..5 in this order."""
+
+_RELEASED_FIM_MARKS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+_RELEASED_PAD = "<｜▁pad▁｜>"
+
+_WORDS = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",  # a word, with the one mark or blank before it
+        r"\p{N}{1,3}",  # digits in threes
+        r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*(?=[ \t]))?",  # marks, with the line break and indentation after them
+        r"[ \t]*[\r\n]+(?:[ \t]+(?=[ \t]\S))?",  # line breaks, with the indentation after them
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+class TextTokenizer:
+    """A tokenizer.json with the roles the project needs; special tokens written in a text stay text."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, *, bos_id: int = 0, eos_id: int = 1):
+        inner.encode_special_tokens = True
+        self._inner = inner
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+
+    @property
+    def num_tokens(self) -> int:
+        """One more than the largest id."""
+        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token, or eos where the tokenizer has none."""
+        for name in (PAD, _RELEASED_PAD):
+            found = self._inner.token_to_id(name)
+            if found is not None:
+                return found
+        return self.eos_id
+
+    @property
+    def fim(self) -> FimIds | None:
+        """Ids of the fill-in-the-middle marks, None where the tokenizer lacks one."""
+        for names in (FIM_MARKS, _RELEASED_FIM_MARKS):
+            begin, hole, end = (self._inner.token_to_id(name) for name in names)
+            if begin is not None and hole is not None and end is not None:
+                return FimIds(begin, hole, end)
+        return None
+
+    def encode(self, text: str) -> Int[np.ndarray, "N"]:
+        """Ids of a text, without bos and eos."""
+        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_many(self, texts: Sequence[str]) -> list[Int[np.ndarray, "_"]]:
+        """`encode` of each, on all cores."""
+        found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(one.ids, np.int32) for one in found]
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "N"], *, skip_special: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 (a cut character) become U+FFFD."""
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    @functools.cached_property
+    def bytes_per_token(self) -> Int[np.ndarray, "V"]:
+        """UTF-8 bytes each id stands for; 0 for special tokens and unused ids."""
+        sizes = np.zeros(self.num_tokens, np.int32)
+        for token, i in self._inner.get_vocab(with_added_tokens=False).items():
+            sizes[i] = len(token)  # one character of the byte alphabet a byte
+        for i, token in self._inner.get_added_tokens_decoder().items():
+            sizes[i] = 0 if token.special else len(token.content.encode())
+        return sizes
+
+    def to_json(self) -> str:
+        """The tokenizer.json that `load` and other libraries read."""
+        return self._inner.to_str(pretty=True)
+
+
+def train(texts: Iterator[str], *, vocab_size: int) -> TextTokenizer:
+    """Learns a byte-level BPE of at most `vocab_size` entries, special tokens included; the same texts, the same ids.
+
+    Raises:
+        UserError: `vocab_size` cannot hold the 256 bytes and the special tokens.
+    """
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small for 256 bytes and {len(SPECIAL_TOKENS)} special tokens; "
+            f"use {least} or more (ModelConfig.vocab_size)."
+        )
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return TextTokenizer(inner)
+
+
+def load(path: str | Path, *, bos_id: int = 0, eos_id: int = 1) -> TextTokenizer:
+    """Reads a tokenizer.json, or the one in a folder.
+
+    Raises:
+        UserError: no such file, no tokenizer, or bos or eos has no token.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+        json.loads(text)
+    except FileNotFoundError as e:
+        raise UserError(f"{file} does not exist; give a tokenizer.json or a folder with one.") from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file} cannot be read as JSON ({e}); give a tokenizer.json.") from e
+    try:
+        inner = tokenizers.Tokenizer.from_str(text)
+    except Exception as e:  # the library raises bare Exception
+        raise UserError(f"{file} is no tokenizer that tokenizers {tokenizers.__version__} reads ({e}).") from e
+    for role, i in (("bos", bos_id), ("eos", eos_id)):
+        if inner.id_to_token(i) is None:
+            raise UserError(f"{file} has no token {i}, the model's {role}_id; set model.{role}_id to one of its ids.")
+    return TextTokenizer(inner, bos_id=bos_id, eos_id=eos_id)
