@@ -1,0 +1,268 @@
+"""Reads a configuration file, applies `--set` overrides, and turns configurations into JSON.
+
+A file is Python with `get_config() -> RunConfig`. Overrides name a field by its path (`train.lr.peak=1e-3`); they are
+applied together before validation, so that fields which only make sense together can change together.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config.check import ConfigError, check
+from dsv3_jax.config.run import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One key in which two configurations differ; `ABSENT` where a side lacks it."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_show(self.old)} -> {_show(self.new)}"
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that the Python file at `path` returns, with `overrides` ("a.b=value") applied.
+
+    Args:
+        path: a file that defines `get_config()`.
+        overrides: in order; a later one wins.
+
+    Raises:
+        ConfigError: no such file, no `get_config`, unknown key (the nearest is suggested), a value of the wrong type,
+            or fields that contradict each other.
+    """
+    path = Path(path)
+    check(path.is_file(), f"config file {str(path)!r} does not exist; see configs/ for those that come with it.")
+    spec = importlib.util.spec_from_file_location(f"dsv3_jax_config_{path.stem}", path)
+    check(spec is not None and spec.loader is not None, f"config file {str(path)!r} is not a Python file.")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"config file {str(path)!r} is not valid Python: {error}") from error
+    check(hasattr(module, "get_config"), f"config file {str(path)!r} defines no get_config() -> RunConfig.")
+    cfg = module.get_config()
+    check(
+        isinstance(cfg, RunConfig),
+        f"get_config() of {str(path)!r} returned {type(cfg).__name__}; it must return a RunConfig.",
+    )
+    return override(cfg, overrides)
+
+
+def override(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`cfg` with every "a.b=value" applied; values are read by the type of the field they replace.
+
+    Numbers may be written 4096, 4_096 or 4e3; `none` empties an optional field, `default` fills an optional group;
+    lists are comma-separated or JSON.
+    """
+    tree = to_dict(cfg)
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        check(sign == "=" and key != "", f"--set {text!r} is not of the form key=value, such as train.lr.peak=1e-3.")
+        _assign(tree, key.strip(), value.strip())
+    return from_dict(tree)
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A configuration as plain JSON data (tuples become lists); `from_dict` is its inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def from_dict(tree: Mapping[str, Any], cls: Any = RunConfig) -> Any:
+    """The configuration of class `cls` that `to_dict` turned into `tree`.
+
+    Raises:
+        ConfigError: a key missing or unknown, a value of the wrong type, or contradictory fields.
+    """
+    return _build(cls, tree, "")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.lr.peak": 1e-3, ...}: the leaves of a nested dict by dotted path."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        leaves |= flatten(value, key + ".") if isinstance(value, Mapping) and value else {key: value}
+    return leaves
+
+
+def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Every leaf in which two configurations (as `to_dict` gives them) differ, in the order of `old`."""
+    left, right = flatten(old), flatten(new)
+    pairs = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in {**left, **right}]
+    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+
+
+def fields_of(cls: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Every key that `--set` takes, with the type it reads."""
+    keys: dict[str, Any] = {}
+    for name, hint in _hints(cls).items():
+        group = _group(hint)
+        if group is None or _optional(hint):
+            keys[prefix + name] = hint
+        if group is not None:
+            keys |= fields_of(group, f"{prefix}{name}.")
+    return keys
+
+
+def _assign(tree: dict[str, Any], key: str, text: str) -> None:
+    known = fields_of()
+    if key not in known:
+        inside = [name for name in known if name.startswith(key + ".")]
+        if inside:
+            raise ConfigError(f"--set {key!r} names a group; set one of its fields: {', '.join(inside)}.")
+        near = _nearest(key, known)
+        raise ConfigError(f"--set {key!r}: unknown key" + (f"; did you mean {near!r}?" if near else "."))
+    *parents, name = key.split(".")
+    node = tree
+    for depth, parent in enumerate(parents):
+        if node[parent] is None:
+            group = ".".join(parents[: depth + 1])
+            raise ConfigError(f"--set {key!r}: {group} is none; put --set {group}=default before it.")
+        node = node[parent]
+    node[name] = _parse(text, known[key], key)
+
+
+def _nearest(key: str, known: Iterable[str]) -> str | None:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    by_name: dict[str, str] = {}
+    for full in known:
+        by_name.setdefault(full.rpartition(".")[2], full)
+    tail = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.6)
+    return by_name[tail[0]] if tail else next(iter(difflib.get_close_matches(key, known, n=1)), None)
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    """The JSON value that `text` means for a field of type `hint`."""
+    wrong = ConfigError(f"--set {key}={text}: not {_say(hint)}.")
+    if _optional(hint):
+        if text.lower() in ("none", "null"):
+            return None
+        return _parse(text, _inner(hint), key)
+    if dataclasses.is_dataclass(hint):
+        if text != "default":
+            raise ConfigError(f"--set {key}={text}: a group takes 'default' or 'none'; set its fields one by one.")
+        return to_dict(typing.cast(Any, hint)())
+    if typing.get_origin(hint) is typing.Literal:
+        for choice in typing.get_args(hint):
+            if text == str(choice):
+                return choice
+        raise wrong
+    if typing.get_origin(hint) is tuple:
+        return _parse_list(text, hint, key)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise wrong
+        return text.lower() == "true"
+    if hint is str:
+        return text
+    try:
+        if hint is int:
+            return _whole(text)
+        return float(text)
+    except ValueError:
+        raise wrong from None
+
+
+def _parse_list(text: str, hint: Any, key: str) -> list[Any]:
+    item = typing.get_args(hint)[0]
+    if text.startswith("["):
+        try:
+            return [_convert(value, item, key) for value in json.loads(text)]
+        except json.JSONDecodeError:
+            raise ConfigError(f"--set {key}={text}: not a JSON list.") from None
+    return [_parse(part.strip(), item, key) for part in text.split(",") if part.strip()]
+
+
+def _whole(text: str) -> int:
+    """4096, 4_096 or 4e3, exactly."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if value != value or abs(value) > 2**63 or value != int(value):
+            raise ValueError(text) from None
+        return int(value)
+
+
+def _build(cls: Any, tree: Any, prefix: str) -> Any:
+    where = prefix.rstrip(".") or "the configuration"
+    check(isinstance(tree, Mapping), f"{where} must be a group of fields, not {tree!r}.")
+    hints = _hints(cls)
+    for name in tree:
+        check(name in hints, f"unknown key {prefix + name!r}; {cls.__name__} has {', '.join(hints)}.")
+    for name in hints:
+        check(name in tree, f"key {prefix + name!r} is missing; it was written by another version.")
+    return cls(**{name: _convert(tree[name], hint, prefix + name) for name, hint in hints.items()})
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """The field value of type `hint` that the JSON data `value` stands for."""
+    if _optional(hint):
+        return None if value is None else _convert(value, _inner(hint), key)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key + ".")
+    if typing.get_origin(hint) is tuple:
+        check(isinstance(value, list | tuple), f"{key}={value!r}: not {_say(hint)}.")
+        return tuple(_convert(item, typing.get_args(hint)[0], key) for item in value)
+    if typing.get_origin(hint) is typing.Literal:
+        check(value in typing.get_args(hint), f"{key}={value!r}: not {_say(hint)}.")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    check(type(value) is hint, f"{key}={value!r}: not {_say(hint)}.")
+    return value
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint)
+
+
+def _inner(hint: Any) -> Any:
+    return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+
+
+def _group(hint: Any) -> Any:
+    plain = _inner(hint) if _optional(hint) else hint
+    return plain if dataclasses.is_dataclass(plain) else None
+
+
+def _say(hint: Any) -> str:
+    if _optional(hint):
+        return f"{_say(_inner(hint))}, or none"
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_say(typing.get_args(hint)[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)

@@ -1,0 +1,181 @@
+"""Opens a run: its folder, data and state, fresh or as the newest checkpoint left them."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import grain
+import jax
+import numpy as np
+
+from dsv3_jax.config.check import UserError
+from dsv3_jax.config.load import Difference, diff, to_dict
+from dsv3_jax.config.run import RunConfig
+from dsv3_jax.data.loader import make_train_iterator
+from dsv3_jax.data.prepare import PreparedData, prepare
+from dsv3_jax.training.checkpoint import CheckpointFolder
+from dsv3_jax.training.ema import HostEMA
+from dsv3_jax.training.metrics import Progress
+from dsv3_jax.training.state import TrainState, abstract_state, init_state
+from dsv3_jax.training.targets import MicroBatch, make_micro_batch
+
+CONFIG_NAME = "config.json"
+
+HARMLESS = (
+    "name",
+    "data.cache_dir",
+    "data.heldout_overlap",
+    "data.prefetch_batches",
+    "train.loss_chunk_size",
+    "train.output.",
+    "train.remat",
+    "train.total_tokens",
+)
+"""Keys (or groups) that may change when a run is resumed: what it learns from each batch stays the same."""
+
+
+@dataclasses.dataclass
+class Run:
+    """An open run. `state` is consumed by each step; the loop puts the new one in its place."""
+
+    cfg: RunConfig
+    run_dir: Path
+    data: PreparedData
+    batches: grain.DatasetIterator
+    checkpoints: CheckpointFolder
+    progress: Progress
+    state: TrainState
+    average: HostEMA | None
+
+    def next_batch(self) -> MicroBatch:
+        """The next micro-batch; the iterator's state moves with it."""
+        mask = self.cfg.data.document_mask
+        return make_micro_batch(next(self.batches), mtp_depth=self.cfg.model.mtp_depth, document_mask=mask)
+
+    def save(self) -> None:
+        """Starts saving everything a resumed run needs to continue bit for bit."""
+        average = None if self.average is None else self.average.average()
+        host = {"config": to_dict(self.cfg), "tokens": self.progress.tokens, "data": self.batches.get_state()}
+        self.checkpoints.save(self.progress.step, self.state, average, host)
+
+
+@contextlib.contextmanager
+def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] = print) -> Iterator[Run]:
+    """Everything a run needs, resumed from the newest whole checkpoint in `run_dir` when there is one.
+
+    Raises:
+        UserError: the folder belongs to another configuration (the difference is shown) or another process, the data
+            cannot be prepared, every checkpoint is corrupt, or the folder cannot be written.
+    """
+    run_dir = Path(run_dir).absolute()
+    with _locked(run_dir):
+        checkpoints = CheckpointFolder(run_dir / "checkpoints", keep=cfg.train.output.keep_checkpoints, say=say)
+        checkpoints.clean()
+        _claim(cfg, run_dir, has_checkpoint=bool(checkpoints.steps()), say=say)
+        data = prepare(cfg.data, cfg.model, run_dir, say=say)
+        batches = make_train_iterator(
+            cfg.data,
+            data.tokenizer,
+            data.train,
+            batch_size=cfg.train.batch.micro,
+            seq_len=cfg.train.seq_len,
+            seed=cfg.seed,
+        )
+        run = _restored(cfg, run_dir, data, batches, checkpoints, say)
+        try:
+            yield run
+        finally:
+            if run.average is not None:
+                run.average.close()
+            batches.close()
+
+
+def _restored(
+    cfg: RunConfig,
+    run_dir: Path,
+    data: PreparedData,
+    batches: grain.DatasetIterator,
+    checkpoints: CheckpointFolder,
+    say: Callable[[str], None],
+) -> Run:
+    abstract, has_average = abstract_state(cfg), cfg.train.ema_decay > 0
+    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract.params) if has_average else None
+    found = checkpoints.restore_newest(abstract, shapes)
+    if found is None:
+        state, progress = init_state(cfg), Progress(step=0, tokens=0)
+        average = state.params
+    else:
+        state, average = found.state, found.average
+        progress = Progress(found.step, found.host["tokens"])
+        batches.set_state(found.host["data"])
+        say(f"resuming after step {progress.step} ({progress.tokens:,} tokens).")
+    ema = HostEMA(average, decay=cfg.train.ema_decay) if has_average else None
+    return Run(cfg, run_dir, data, batches, checkpoints, progress, state, ema)
+
+
+def _claim(cfg: RunConfig, run_dir: Path, *, has_checkpoint: bool, say: Callable[[str], None]) -> None:
+    """Writes the resolved configuration into the folder, unless a different one has trained there."""
+    path, new = run_dir / CONFIG_NAME, to_dict(cfg)
+    if has_checkpoint and path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); restore it from a checkpoint's host.json.") from error
+        changes = diff(old, new)
+        serious = [change for change in changes if not _is_harmless(change)]
+        if serious:
+            raise UserError(
+                f"{run_dir} was trained with another configuration:\n"
+                + "\n".join(f"  {change}" for change in serious)
+                + "\nUse another --run-dir, or give the values on the left to continue this one."
+            )
+        for change in changes:
+            say(f"changed since the last start: {change}")
+    _replace(path, json.dumps(new, indent=1) + "\n")
+
+
+def _is_harmless(change: Difference) -> bool:
+    return any(change.key == key or (key.endswith(".") and change.key.startswith(key)) for key in HARMLESS)
+
+
+def _replace(path: Path, text: str) -> None:
+    try:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}; make room or choose another --run-dir.") from error
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder; the lock goes with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle: TextIO = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir}: {error}; choose another --run-dir.") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is training in {run_dir}; stop it or choose another --run-dir."
+            ) from error
+        yield
+
+
+def resolved_config(run_dir: str | Path) -> dict[str, Any]:
+    """The configuration a run dir was made with, as JSON data.
+
+    Raises:
+        UserError: the folder is no run dir.
+    """
+    path = Path(run_dir) / CONFIG_NAME
+    if not path.exists():
+        raise UserError(f"{run_dir} has no {CONFIG_NAME}: not the folder of a run (train.py --run-dir).")
+    return json.loads(path.read_text())

@@ -1,0 +1,58 @@
+"""Exponential moving average of the parameters, on the host and off the critical path (report section 3.2.3)."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.typing import Params
+
+
+class HostEMA:
+    """Keeps average ← decay · average + (1 - decay) · params in float32 NumPy arrays.
+
+    `update` copies the parameters on the device (the step will overwrite them) and returns; one thread waits for the
+    copy, brings it over and averages. Updates are applied in order, so the result does not depend on timing. At most
+    `max_pending` copies wait; beyond that `update` blocks rather than skip one.
+    """
+
+    def __init__(self, average: Params, *, decay: float, max_pending: int = 2) -> None:
+        # np.array copies: a view of a device buffer would change when the step overwrites it.
+        self._average = jax.tree.map(partial(np.array, dtype=np.float32), average)
+        self._decay = decay
+        self._max_pending = max_pending
+        self._pending: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
+
+    def update(self, params: Params) -> None:
+        """Schedules one averaging with the parameters as they are now."""
+        if len(self._pending) >= self._max_pending:
+            self._pending.pop(0).result()
+        self._pending.append(self._thread.submit(self._average_with, _copy(params)))
+
+    def average(self) -> Any:
+        """The average after every update so far, as copies in float32. Waits for what is pending."""
+        while self._pending:
+            self._pending.pop(0).result()
+        return jax.tree.map(np.copy, self._average)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=True)
+
+    def _average_with(self, params: Any) -> None:
+        fresh = jax.tree.map(partial(np.asarray, dtype=np.float32), jax.device_get(params))
+        jax.tree.map(partial(_blend, decay=self._decay), self._average, fresh)
+
+
+@jax.jit
+def _copy(params: Params) -> Params:
+    return jax.tree.map(jnp.copy, params)
+
+
+def _blend(average: np.ndarray, fresh: np.ndarray, *, decay: float) -> None:
+    """average ← average + (1 - decay) · (fresh - average), in place."""
+    average += np.float32(1.0 - decay) * (fresh - average)

@@ -1,0 +1,60 @@
+"""AdamW as the report uses it: clip by global norm, two moments, decay on matrices only."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.train import OptimizerConfig
+from dsv3_jax.model.params import ParamSpec, abstract_params
+from dsv3_jax.typing import Array, DType, Float, Params
+
+
+def make_optimizer(cfg: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+    """Turns float32 gradients into the direction that `apply_update` scales by the learning rate."""
+    moments = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon)
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        _stored_as(moments, jnp.dtype(cfg.moment_dtype)),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask(model)),
+    )
+
+
+def decay_mask(model: ModelConfig) -> dict[str, Any]:
+    """True for every matrix of the parameter tree, False for norms.
+
+    A stack of norm scales has two dimensions too, so the leading layer axis does not count.
+    """
+
+    def is_matrix(spec: ParamSpec) -> bool:
+        return sum(axis != "layers" for axis in spec.axes) >= 2
+
+    specs = abstract_params(model)["params"]
+    return jax.tree.map(is_matrix, specs, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+
+
+def apply_update(params: Params, direction: Params, learning_rate: Float[Array, ""]) -> Params:
+    """params - learning_rate · direction, computed in float32, in the dtype of the parameters."""
+
+    def move(param: Array, step: Array) -> Array:
+        return (param.astype(jnp.float32) - learning_rate * step.astype(jnp.float32)).astype(param.dtype)
+
+    return jax.tree.map(move, params, direction)
+
+
+def _stored_as(inner: optax.GradientTransformation, dtype: DType) -> optax.GradientTransformation:
+    """`inner` computing in float32 with its floating state kept in `dtype` between steps."""
+
+    def cast(state: Any, target: DType) -> Any:
+        return jax.tree.map(lambda x: x.astype(target) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def init(params: Any) -> Any:
+        return cast(inner.init(params), dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,50 @@
+"""What training carries from step to step on the device."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config.run import RunConfig
+from dsv3_jax.model.params import init
+from dsv3_jax.precision.policy import get_policy
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.typing import Array, Int, Params, Variables
+
+
+class TrainState(NamedTuple):
+    """A pytree; `key` is raw key data, so that a checkpoint holds plain arrays."""
+
+    params: Params
+    router_state: Params
+    opt_state: Any
+    key: Int[Array, "2"]
+
+    @property
+    def variables(self) -> Variables:
+        """What the model's functions read."""
+        return {"params": self.params, "router_state": self.router_state}
+
+
+def init_state(cfg: RunConfig) -> TrainState:
+    """The state before the first step, on the default device."""
+    return _init_state(cfg)
+
+
+def abstract_state(cfg: RunConfig) -> TrainState:
+    """Shapes and dtypes of `init_state(cfg)`; allocates nothing."""
+    return jax.eval_shape(partial(_init_state, cfg))
+
+
+@partial(jax.jit, static_argnames=("cfg",))
+def _init_state(cfg: RunConfig) -> TrainState:
+    weights_key, run_key = jax.random.split(jax.random.key(cfg.seed))
+    variables = init(cfg.model, weights_key, get_policy(cfg.precision).param_dtype)
+    opt_state = make_optimizer(cfg.train.optimizer, cfg.model).init(variables["params"])
+    # Moments of bfloat16 parameters are float32 all the same, unless the configuration says otherwise.
+    moment_dtype = jnp.dtype(cfg.train.optimizer.moment_dtype)
+    opt_state = jax.tree.map(
+        lambda x: x.astype(moment_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, opt_state
+    )
+    return TrainState(variables["params"], variables["router_state"], opt_state, jax.random.key_data(run_key))

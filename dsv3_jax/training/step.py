@@ -1,0 +1,189 @@
+"""One optimizer step: loss, gradients over micro-batches, update, router bias.
+
+A step over n micro-batches is exactly a step over their concatenation: every sum is divided by the count of the whole
+batch, known beforehand (`targets.label_counts`), and the router's bias moves once, on the load of the whole batch.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dsv3_jax.config.run import RunConfig
+from dsv3_jax.model.moe.router import update_bias
+from dsv3_jax.model.transformer import Hidden, hidden_states
+from dsv3_jax.precision.policy import get_policy
+from dsv3_jax.training.loss import next_token_loss
+from dsv3_jax.training.optimizer import apply_update, make_optimizer
+from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.targets import MicroBatch, label_counts
+from dsv3_jax.typing import Array, Bool, Float, Int, Params
+
+
+class Rates(NamedTuple):
+    """The schedules' values for one step: η, λ, γ."""
+
+    learning_rate: Float[Array, ""]
+    mtp_weight: Float[Array, ""]
+    bias_speed: Float[Array, ""]
+
+
+class Parts(NamedTuple):
+    """The terms of the loss, each already divided by its count, and the expert load."""
+
+    main: Float[Array, ""]
+    mtp: Float[Array, "k"]
+    balance: Float[Array, "l"]
+    load: Int[Array, "l E"]
+    """Tokens of each expert; MoE layers of the main model in order, then the MTP modules."""
+
+
+class StepReport(NamedTuple):
+    """What a step learned, on the device until somebody reads it."""
+
+    loss: Float[Array, ""]
+    parts: Parts
+    grad_norm: Float[Array, ""]
+    bias_min: Float[Array, "l"]
+    bias_max: Float[Array, "l"]
+    is_finite: Bool[Array, ""]
+    """False: loss or gradient was not finite, and the state is as before the step."""
+
+
+StepFunction = Callable[[TrainState, Sequence[MicroBatch], Rates], tuple[TrainState, StepReport]]
+
+
+def batch_loss(
+    params: Params,
+    router_state: Params,
+    batch: MicroBatch,
+    counts: Float[Array, "d"],
+    share: Float[Array, ""],
+    mtp_weight: Float[Array, ""],
+    *,
+    cfg: RunConfig,
+    next_token_loss: Callable[..., Float[Array, ""]] = next_token_loss,
+) -> tuple[Float[Array, ""], Parts]:
+    """L = L_main + λ/D Σ_k L_k + α Σ_layers L_balance (report eq. 17-20, 24-25), this micro-batch's share of it.
+
+    `counts` are the labels of the whole batch for each depth, `share` this micro-batch's share of its sequences.
+    """
+    train = cfg.train
+    states = hidden_states(
+        cfg.model,
+        {"params": params, "router_state": router_state},
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        policy=get_policy(cfg.precision),
+        remat=train.remat,
+    )
+    head = params["unembed"]["w"]
+
+    def mean_loss(hidden: Float[Array, "B T D"], depth: int) -> Float[Array, ""]:
+        total = next_token_loss(
+            hidden, head, batch.labels[depth], batch.weights[depth], chunk_size=train.loss_chunk_size
+        )
+        return total / counts[depth]
+
+    main = mean_loss(states.hidden, 0)
+    mtp_losses = [mean_loss(states.mtp_hidden[k], k + 1) for k in range(cfg.model.mtp_depth)]
+    mtp = jnp.stack(mtp_losses) if mtp_losses else jnp.zeros(0, jnp.float32)
+    balance = share * states.balance_loss
+    loss = main + train.auxiliary.balance_weight * balance.sum()
+    if cfg.model.mtp_depth:
+        loss = loss + mtp_weight * mtp.mean()
+    return loss, Parts(main, mtp, balance, _load(cfg, states))
+
+
+def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> StepFunction:
+    """The compiled step of `cfg`; it consumes the state it is given (donated buffers).
+
+    One micro-batch is one fused program; several are one program each, summed, and one for the update.
+    """
+    optimizer = make_optimizer(cfg.train.optimizer, cfg.model)
+    value_and_grad = jax.value_and_grad(partial(loss, cfg=cfg), has_aux=True)
+
+    def gradients(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
+        (value, parts), grads = value_and_grad(state.params, state.router_state, batch, counts, share, rates.mtp_weight)
+        return value, parts, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    def update(state: TrainState, summed: Any, rates: Rates) -> tuple[TrainState, StepReport]:
+        value, parts, grads = summed
+        grad_norm = optax.global_norm(grads)
+        is_finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = TrainState(
+            apply_update(state.params, direction, rates.learning_rate),
+            _move_biases(state.router_state, parts.load, rates.bias_speed),
+            opt_state,
+            state.key,
+        )
+        new = jax.tree.map(lambda after, before: jnp.where(is_finite, after, before), new, state)
+        biases = _biases(new.router_state)
+        report = StepReport(value, parts, grad_norm, biases.min(axis=1), biases.max(axis=1), is_finite)
+        return new, report
+
+    @partial(jax.jit, donate_argnums=0)
+    def fused(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
+        return update(state, gradients(state, batch, counts, share, rates), rates)
+
+    first = jax.jit(gradients)
+
+    @partial(jax.jit, donate_argnums=0)
+    def accumulate(summed: Any, state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
+        return jax.tree.map(jnp.add, summed, gradients(state, batch, counts, share, rates))
+
+    finish = jax.jit(update, donate_argnums=0)
+
+    def step(state: TrainState, batches: Sequence[MicroBatch], rates: Rates) -> tuple[TrainState, StepReport]:
+        counts = label_counts(batches)
+        share = np.float32(1 / len(batches))
+        if len(batches) == 1:
+            return fused(state, batches[0], counts, share, rates)
+        summed = first(state, batches[0], counts, share, rates)
+        for batch in batches[1:]:
+            summed = accumulate(summed, state, batch, counts, share, rates)
+        return finish(state, summed, rates)
+
+    return step
+
+
+def _load(cfg: RunConfig, states: Hidden) -> Int[Array, "l E"]:
+    loads = [states.router.load] if states.router is not None else []
+    loads += [states.mtp_load] if states.mtp_load is not None else []
+    return jnp.concatenate(loads) if loads else jnp.zeros((0, cfg.model.moe.num_experts), jnp.int32)
+
+
+def _biases(router_state: Params) -> Float[Array, "l E"]:
+    """Biases of all layers in the order of `Parts.load`."""
+    stacks = [stack["moe"]["router"]["bias"] for stack in _routers(router_state)]
+    return jnp.concatenate(stacks) if stacks else jnp.zeros((0, 1), jnp.float32)
+
+
+def _routers(router_state: Params) -> list[Params]:
+    found = []
+    if "moe_layers" in router_state:
+        found.append(router_state["moe_layers"])
+    if "mtp" in router_state:
+        found.append(router_state["mtp"]["block"])
+    return found
+
+
+def _move_biases(router_state: Params, load: Int[Array, "l E"], speed: Float[Array, ""]) -> Params:
+    """Every bias moved by ±`speed` against its expert's load in the whole batch (report section 2.1.2)."""
+    num_main = router_state["moe_layers"]["moe"]["router"]["bias"].shape[0] if "moe_layers" in router_state else 0
+
+    def moved(stack: Params, rows: Int[Array, "l E"]) -> dict:
+        return {"moe": {"router": {"bias": update_bias(stack["moe"]["router"]["bias"], rows, speed)}}}
+
+    new = {}
+    if "moe_layers" in router_state:
+        new["moe_layers"] = moved(router_state["moe_layers"], load[:num_main])
+    if "mtp" in router_state:
+        new["mtp"] = {"block": moved(router_state["mtp"]["block"], load[num_main:])}
+    return new

@@ -1,0 +1,197 @@
+"""Trains a model: parse, build, loop, finish.
+
+    python train.py --config configs/tiny.py --run-dir runs/tiny
+    python train.py --config configs/tiny.py --run-dir runs/mine --set data.paths=~/code --set train.lr.peak=2e-3
+
+The same command continues a run that was stopped, from its newest checkpoint and bit for bit.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import rich.console
+
+from dsv3_jax.config.check import UserError
+from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
+from dsv3_jax.config.train import TrainConfig
+from dsv3_jax.planning.flops import train_flops_per_token
+from dsv3_jax.precision.policy import get_policy
+from dsv3_jax.training.build import Run, open_run
+from dsv3_jax.training.evaluate import make_evaluator
+from dsv3_jax.training.finish import evaluate_part, finish
+from dsv3_jax.training.interrupt import StopRequest
+from dsv3_jax.training.log import ProgressBar, RunLog
+from dsv3_jax.training.metrics import Progress, Speed, metrics_row, mfu
+from dsv3_jax.training.schedules import bias_speed, learning_rate, mtp_weight, num_micro_batches
+from dsv3_jax.training.step import Rates, StepReport, make_step
+from dsv3_jax.training.throughput import measure_matmul_peak
+
+EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
+
+
+class Diverged(Exception):
+    """Loss or gradient is no longer finite; the step was not applied."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (0 done or saved, 2 a user's error, 3 diverged)."""
+    given = parse(arguments)
+    console = rich.console.Console(soft_wrap=True)
+    try:
+        cfg = load_config(given.config, given.set)
+        if given.print_config:
+            for key, value in flatten(to_dict(cfg)).items():
+                console.print(f"{key} = {value!r}", markup=False, highlight=False)
+            return 0
+        keep_compiled_programs(Path(given.run_dir))
+        with StopRequest() as stop, open_run(cfg, given.run_dir) as run:
+            train(run, stop, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Diverged as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    return 0
+
+
+def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
+    """The loop. The report of a step is read while the next one runs, so the device never waits for the host."""
+    cfg, output = run.cfg.train, run.cfg.train.output
+    step, sum_loss = make_step(run.cfg), make_evaluator(run.cfg)
+    log = RunLog(run.run_dir, step=run.progress.step, tensorboard=output.tensorboard)
+    bar = ProgressBar(total_tokens=cfg.total_tokens, done=run.progress.tokens)
+    clock = Clock(run)
+    unread: list[tuple[Progress, StepReport, Rates]] = []
+
+    def read_reports() -> None:
+        while unread:
+            progress, report, rates = unread.pop(0)
+            if not report.is_finite:
+                raise Diverged(explain_divergence(run, progress, report))
+            row = metrics_row(progress, report, rates, clock.lap(progress))
+            if progress.step % output.log_every == 0:
+                log.write(row)
+            bar.show(row)
+
+    try:
+        while run.progress.tokens < cfg.total_tokens and not stop.requested:
+            batches = [run.next_batch() for _ in range(num_micro_batches(run.progress.tokens, cfg.batch))]
+            tokens = run.progress.tokens + sum(batch.tokens.size for batch in batches)
+            rates = rates_at(tokens, cfg)
+            run.state, report = step(run.state, batches, rates)
+            run.progress = Progress(run.progress.step + 1, tokens)
+            if run.average is not None and run.progress.step % cfg.ema_every == 0:
+                run.average.update(run.state.params)
+            read_reports()
+            unread.append((run.progress, report, rates))
+
+            if is_due(run.progress, output.checkpoint_every) or is_due(run.progress, output.eval_every):
+                read_reports()
+                if is_due(run.progress, output.checkpoint_every):
+                    run.save()
+                if is_due(run.progress, output.eval_every):
+                    result = evaluate_part(run, sum_loss)
+                    log.write_heldout({**run.progress._asdict(), **result._asdict()})
+                    bar.say(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
+                clock.restart(run.progress)
+        read_reports()
+        if not is_due(run.progress, output.checkpoint_every):
+            run.save()
+        run.checkpoints.wait()
+    finally:
+        bar.close()
+        log.close()
+    if run.progress.tokens < cfg.total_tokens:
+        console.print(f"saved after step {run.progress.step}; the same command continues.", highlight=False)
+    else:
+        finish(run, sum_loss, console)
+
+
+def rates_at(tokens: int, cfg: TrainConfig) -> Rates:
+    """The schedules' values for the step that ends at `tokens`."""
+    return Rates(
+        learning_rate=np.float32(learning_rate(tokens, cfg.lr)),
+        mtp_weight=np.float32(mtp_weight(tokens, cfg.auxiliary)),
+        bias_speed=np.float32(bias_speed(tokens, cfg.auxiliary)),
+    )
+
+
+def is_due(progress: Progress, every: int) -> bool:
+    """Whether something that happens `every` steps (0: never) happens after this one."""
+    return every > 0 and progress.step % every == 0
+
+
+class Clock:
+    """Speed between one report and the next."""
+
+    def __init__(self, run: Run) -> None:
+        self._flops = train_flops_per_token(run.cfg.model, run.cfg.train.seq_len)
+        self._peak = measure_matmul_peak(get_policy(run.cfg.precision).compute_dtype)
+        self.restart(run.progress)
+
+    def restart(self, progress: Progress) -> None:
+        """Leaves what happened since the last lap out of the next."""
+        self._tokens, self._time = progress.tokens, time.perf_counter()
+
+    def lap(self, progress: Progress) -> Speed:
+        """Speed since the last lap."""
+        tokens, seconds = progress.tokens - self._tokens, time.perf_counter() - self._time
+        self.restart(progress)
+        speed = tokens / max(seconds, 1e-9)
+        return Speed(speed, mfu(speed, self._flops, self._peak))
+
+
+def explain_divergence(run: Run, progress: Progress, report: StepReport) -> str:
+    """What happened, what is safe, and what to try."""
+    steps = run.checkpoints.steps()
+    good = f"The last good checkpoint is step {steps[-1]}" if steps else "There is no checkpoint yet"
+    return (
+        f"step {progress.step} ({progress.tokens:,} tokens): loss {float(report.loss)}, gradient norm "
+        f"{float(report.grad_norm)}; this update was not applied. {good} in {run.checkpoints.folder}.\n"
+        "Try, in this order, each in a new --run-dir: a lower train.lr.peak or a longer train.lr.warmup_tokens; "
+        "a smaller train.optimizer.clip_norm; --set precision=float32; and look at the data of this step."
+    )
+
+
+def keep_compiled_programs(run_dir: Path) -> None:
+    """Lets a resumed run find its compiled step in the run dir, unless the environment names another place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(run_dir.absolute() / "compiled"))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=HELP + "\nkeys for --set:\n  " + "\n  ".join(fields_of()),
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/, or your own like it")
+    parser.add_argument("--run-dir", default="runs/default", metavar="DIR", help="where everything of this run goes")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="key=value", help="change fields of the configuration"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print every key and value, and stop")
+    return parser.parse_args(arguments)
+
+
+HELP = """what the run dir holds:
+  config.json      the resolved configuration        metrics.jsonl   one line a step (loss, load, speed, …)
+  checkpoints/     the newest few, each checked      heldout.jsonl   one line an evaluation
+  tensorboard/     the same numbers to look at       training.png    loss, bits per byte, expert load
+  tokenizer.json   the tokenizer                     hf/             for transformers, vLLM, load_pretrained
+
+stopping: Ctrl-C or SIGTERM saves and leaves with code 0; kill -9 loses at most what came after the last checkpoint.
+exit codes: 0 done or saved, 2 something to mend (the message says what), 3 loss or gradient not finite.
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())
