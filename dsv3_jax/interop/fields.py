@@ -34,7 +34,5 @@ def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
         return value
     if default is _REQUIRED:
         state = "is null" if key in config else "is missing"
-        raise ConfigError(
-            f"config.json: {key!r} {state}, but the model cannot be built without it; set it in the file."
-        )
+        raise ConfigError(f"config.json: {key!r} {state}, but no model can be built without it; set it in the file.")
     return default

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dsv3_jax.config.check import check
+from dsv3_jax.config.check import ConfigError, check
 from dsv3_jax.config.model import ModelConfig
 
 
@@ -17,11 +17,12 @@ def tokenizer_files(cfg: ModelConfig, tokenizer: Path) -> dict[str, str]:
     try:
         parsed = json.loads(text)
         added = {token["id"]: token["content"] for token in parsed["added_tokens"]}
-        ids = [*parsed["model"]["vocab"].values(), *added]
-        largest = max(ids)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        check(False, f"{tokenizer}: cannot be read as a tokenizer.json ({error!r}); give one written by `tokenizers`.")
-        raise
+        vocab = parsed["model"]["vocab"]
+        largest = max([*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *added])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{tokenizer}: cannot be read as a tokenizer.json ({error!r}); give one written by `tokenizers`."
+        ) from error
     check(
         largest < cfg.vocab_size,
         f"{tokenizer}: has token id {largest}, but vocab_size={cfg.vocab_size}; it belongs to another model.",

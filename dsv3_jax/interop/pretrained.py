@@ -97,8 +97,8 @@ def _match(
     if left:
         name = min(left)
         raise CheckpointError(
-            f"{left[name].file}: tensor {name!r} and {len(left) - 1} others have no place in the model that config.json "
-            "describes; it belongs to another architecture or another config.json."
+            f"{left[name].file}: tensor {name!r} (one of {len(left)} such) has no place in the model that "
+            "config.json describes; it belongs to another architecture or another config.json."
         )
     return found
 
@@ -143,7 +143,7 @@ def _fill(
     """Brings one tensor to its place; of a copy, checks that it is one."""
     official = tensor.read()
     if scale is not None and block is not None:
-        official = dequantize_tiles(QTensor(official, scale.read()), tile=block)
+        official = np.asarray(dequantize_tiles(QTensor(official, scale.read()), tile=block))
     place = arrays[entry.path][entry.index]
     ours = from_official(official.astype(place.dtype), place.shape, entry.input_axes)
     if not entry.is_copy:

@@ -72,9 +72,11 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{folder}: has neither {INDEX} nor {SINGLE}; give a folder of safetensors weights.")
         return read_header(folder / SINGLE)
     weight_map = _read_index(folder / INDEX)
+    files: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
+        files.setdefault(name, []).append(tensor)
     found: dict[str, StoredTensor] = {}
-    for name in sorted(set(weight_map.values())):
-        tensors = [tensor for tensor, file in weight_map.items() if file == name]
+    for name, tensors in sorted(files.items()):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder / name}: shard is missing; {INDEX} places {len(tensors)} tensors in it, such as "

@@ -167,9 +167,8 @@ def _part(leaf: jax.Array, position: jax.Array, *, num_axes: int) -> jax.Array:
 def _checked_leaves(cfg: ModelConfig, variables: Variables) -> dict[str, Any]:
     leaves, specs = flatten(variables), flatten(abstract_params(cfg))
     for path in sorted(specs.keys() ^ leaves.keys()):
-        raise ConfigError(
-            f"variables {'lack' if path in specs else 'have an extra leaf'} {path!r}; they belong to another ModelConfig."
-        )
+        problem = "lack" if path in specs else "have an extra leaf"
+        raise ConfigError(f"variables {problem} {path!r}; they belong to another ModelConfig.")
     for path, spec in specs.items():
         check(
             leaves[path].shape == spec.shape,

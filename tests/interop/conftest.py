@@ -1,0 +1,87 @@
+"""Small models for the tests of checkpoints."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
+from dsv3_jax.interop.hf_names import flatten, unflatten
+from dsv3_jax.model.params import abstract_params
+
+
+@pytest.fixture
+def small() -> ModelConfig:
+    """Two dense layers, two of experts, one MTP module; ragged against blocks of 128."""
+    return ModelConfig(
+        vocab_size=96,
+        model_dim=136,
+        num_layers=4,
+        num_dense_layers=2,
+        ffn_dim=160,
+        mla=MLAConfig(num_heads=3, q_latent_dim=20, kv_latent_dim=12, nope_head_dim=6, rope_head_dim=4, v_head_dim=5),
+        moe=MoEConfig(num_experts=4, top_k=2, expert_dim=24, num_groups=2, groups_per_token=1),
+        mtp_depth=1,
+        max_position=512,
+        yarn=None,
+    )
+
+
+@pytest.fixture
+def random_variables():
+    """cfg -> variables with random numbers everywhere, biases and norms too."""
+
+    def make(cfg: ModelConfig, dtype: str = "float32", seed: int = 0) -> dict:
+        rng = np.random.default_rng(seed)
+        specs = flatten(abstract_params(cfg, dtype))
+        return unflatten(
+            {path: jnp.asarray(rng.normal(size=spec.shape), spec.dtype) for path, spec in sorted(specs.items())}
+        )
+
+    return make
+
+
+@pytest.fixture
+def copy_of_golden(golden, tmp_path):
+    """name -> a copy of a golden checkpoint that a test may damage."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(golden / "hf" / name, tmp_path / name))
+
+    return copy
+
+
+@pytest.fixture
+def assert_same_bits():
+    """Fails unless two trees have the same leaves, dtypes and bits."""
+
+    def check(left: dict, right: dict) -> None:
+        left_flat, right_flat = flatten(left), flatten(right)
+        assert left_flat.keys() == right_flat.keys()
+        for path, leaf in left_flat.items():
+            a, b = np.asarray(leaf), np.asarray(right_flat[path])
+            assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8), err_msg=path)
+
+    return check
+
+
+@pytest.fixture
+def without_mtp():
+    """(cfg, variables) without their MTP modules."""
+
+    def drop(cfg: ModelConfig, variables: dict) -> tuple[ModelConfig, dict]:
+        kept = {path: leaf for path, leaf in flatten(variables).items() if "/mtp/" not in path}
+        return dataclasses.replace(cfg, mtp_depth=0), unflatten(kept)
+
+    return drop
+
+
+@pytest.fixture
+def devices() -> list[jax.Device]:
+    """The eight CPU devices of the tests."""
+    return jax.devices()
