@@ -18,7 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+AnyArray = Array | np.ndarray
+"""What the public functions take: arrays of jax or of numpy."""
 
 Params = Mapping[str, Any]
 """Nested dict of arrays: one subtree of the parameter tree."""
@@ -28,4 +32,4 @@ Variables = Mapping[str, Any]
 
 DType = jax.typing.DTypeLike
 
-__all__ = ["Array", "Bool", "DType", "Float", "Int", "PRNGKeyArray", "Params", "Variables"]
+__all__ = ["AnyArray", "Array", "Bool", "DType", "Float", "Int", "PRNGKeyArray", "Params", "Variables"]

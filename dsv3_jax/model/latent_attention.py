@@ -9,7 +9,7 @@ from dsv3_jax.typing import Array, Bool, Float
 def attend_latent(
     q_latent: Float[Array, "B T H C"],
     q_rope: Float[Array, "B T H R"],
-    cache: Float[Array, "B S C+R"],
+    cache: Float[Array, "B S X"],
     visible: Bool[Array, "B T S"],
     *,
     scale: float,

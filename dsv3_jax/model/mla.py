@@ -83,7 +83,7 @@ def mla_absorbed(
     params: Params,
     x: Float[Array, "B T D"],
     rope: RopeTable,
-    cache: Float[Array, "B S C+R"],
+    cache: Float[Array, "B S X"],
     visible: Bool[Array, "B T S"],
     *,
     cfg: ModelConfig,

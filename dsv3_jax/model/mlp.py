@@ -9,7 +9,7 @@ from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Float, Params
 
 
-def swiglu(gate_up: Float[Array, "... 2*F"]) -> Float[Array, "... F"]:
+def swiglu(gate_up: Float[Array, "... F2"]) -> Float[Array, "... F"]:
     """silu(gate)·up, where the last axis holds all gates, then all ups (arXiv 2002.05202)."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return checkpoint_name(jax.nn.silu(gate) * up, "swiglu")

@@ -18,7 +18,7 @@ from dsv3_jax.model.mtp import mtp
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.rope import rope_table
 from dsv3_jax.precision.policy import Policy, policy_of
-from dsv3_jax.typing import Array, Float, Int, Variables
+from dsv3_jax.typing import AnyArray, Array, Float, Int, Variables
 
 Remat = Literal["none", "paper", "full"]
 
@@ -51,9 +51,9 @@ class Hidden(NamedTuple):
 def forward(
     cfg: ModelConfig,
     variables: Variables,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    tokens: Int[AnyArray, "B T"],
+    positions: Int[AnyArray, "B T"] | None = None,
+    segment_ids: Int[AnyArray, "B T"] | None = None,
     *,
     policy: Policy | None = None,
     attend: Attend = attend_blocked,
@@ -90,9 +90,9 @@ def forward(
 def hidden_states(
     cfg: ModelConfig,
     variables: Variables,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    tokens: Int[AnyArray, "B T"],
+    positions: Int[AnyArray, "B T"] | None = None,
+    segment_ids: Int[AnyArray, "B T"] | None = None,
     *,
     policy: Policy | None = None,
     remat: Remat = "none",
@@ -108,10 +108,12 @@ def hidden_states(
     (report section 3.2.3), "full" whole layers. `keep` says what of each layer's latents is returned in `kept`.
     """
     params = variables["params"]
+    tokens = jnp.asarray(tokens)
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     parts = Parts(policy or _policy_of(variables), attend, route, experts)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-    rope = rope_table(positions, rope_dim=cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
+    rope = rope_table(jnp.asarray(positions), rope_dim=cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
     valid = None if segment_ids is None else segment_ids > 0
 
     def mix(mla_params, normed):

@@ -13,13 +13,13 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.precision.policy import Policy, policy_of
 from dsv3_jax.serving.sampler import greedy, sample
 from dsv3_jax.serving.steps import LatentCache, decode, prefill
-from dsv3_jax.typing import Array, Float, Int, Variables
+from dsv3_jax.typing import AnyArray, Array, Float, Int, Variables
 
 
 def generate(
     cfg: ModelConfig,
     variables: Variables,
-    prompt_ids: Int[Array, "B T"] | np.ndarray | Sequence[Sequence[int]],
+    prompt_ids: Int[AnyArray, "B T"] | Sequence[Sequence[int]],
     max_new_tokens: int = 16,
     *,
     temperature: float = 0.0,

@@ -130,5 +130,5 @@ def decode(
     return cache._replace(rows=rows, length=cache.length + 1), logits
 
 
-def _cache_rows(kept: Latents) -> Float[Array, "B T C+R"]:
+def _cache_rows(kept: Latents) -> Float[Array, "B T X"]:
     return jnp.concatenate([kept.kv, kept.k_rope], axis=-1)

@@ -1,0 +1,213 @@
+"""Every number that independent implementations computed for four small official checkpoints.
+
+Tolerances for float32 with highest matmul precision: logits and layer outputs 1e-4, router weights 1e-5, loss 1e-5,
+gradients 1e-4 of the largest entry; choices and generated ids exact.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.interop.convert import to_official
+from dsv3_jax.interop.hf_names import entries, flatten
+from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.model.block import Parts, dense_block, moe_block
+from dsv3_jax.model.embedding import embed
+from dsv3_jax.model.mla import Latents, mla
+from dsv3_jax.model.mlp import mlp
+from dsv3_jax.model.moe.layer import moe
+from dsv3_jax.model.moe.router import router_logits
+from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.rope import inverse_frequencies, rope_table, softmax_scale
+from dsv3_jax.model.transformer import forward, hidden_states
+from dsv3_jax.precision.policy import FLOAT32
+from dsv3_jax.serving.generate import generate
+from dsv3_jax.serving.steps import decode, prefill
+from dsv3_jax.training.loss import next_token_loss
+
+ALL = ("tiny_a", "tiny_b", "tiny_c", "tiny_d")
+
+
+class Case(NamedTuple):
+    name: str
+    cfg: ModelConfig
+    variables: Any
+    expected: Any
+
+
+@pytest.fixture(scope="module", params=ALL)
+def case(request: pytest.FixtureRequest, golden: Path) -> Case:
+    folder = golden / "hf" / request.param
+    cfg, variables = load_pretrained(folder)
+    return Case(request.param, cfg, variables, np.load(folder / "expected.npz"))
+
+
+def layer_of(case: Case, layer: int) -> tuple[dict, jax.Array | None]:
+    """Parameters and router bias of one layer of the main model."""
+    params = case.variables["params"]
+    if layer < case.cfg.num_dense_layers:
+        return jax.tree.map(lambda leaf: leaf[layer], params["dense_layers"]), None
+    index = layer - case.cfg.num_dense_layers
+    bias = case.variables["router_state"]["moe_layers"]["moe"]["router"]["bias"][index]
+    return jax.tree.map(lambda leaf: leaf[index], params["moe_layers"]), bias
+
+
+def close(actual, expected, tolerance: float) -> None:
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance)
+
+
+def test_rope_frequencies_and_softmax_scale(case: Case) -> None:
+    cfg = case.cfg
+    frequencies = inverse_frequencies(cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
+    np.testing.assert_allclose(frequencies, case.expected["inv_freq"], rtol=1e-6)
+    np.testing.assert_allclose(softmax_scale(cfg.mla, cfg.yarn), case.expected["softmax_scale"], rtol=1e-6)
+
+
+def test_every_part_of_every_layer(case: Case) -> None:
+    cfg, expected = case.cfg, case.expected
+    tokens, positions = jnp.asarray(expected["input_ids"]), jnp.asarray(expected["position_ids"])
+    rope = rope_table(positions, rope_dim=cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
+    x = embed(case.variables["params"]["embed"], tokens, policy=FLOAT32)
+    close(x, expected["embed_out"], 1e-6)
+    kept = {}
+
+    def mix(params, normed) -> tuple[jax.Array, Latents]:
+        added, latents = mla(params, normed, rope, None, cfg=cfg, policy=FLOAT32)
+        kept["attn_out"] = added
+        return added, latents
+
+    for layer in range(cfg.num_layers):
+        params, bias = layer_of(case, layer)
+        if layer < cfg.num_dense_layers:
+            next_x, latents = dense_block(params, x, mix, cfg=cfg, parts=Parts())
+        else:
+            next_x, latents, _, _ = moe_block(params, bias, x, None, mix, cfg=cfg, parts=Parts())
+        close(kept["attn_out"], expected[f"layer{layer}_attn_out"], 1e-4)
+        normed = rms_norm(x + kept["attn_out"], params["ffn_norm"]["scale"], eps=cfg.norm_eps)
+        if layer < cfg.num_dense_layers:
+            mlp_out = mlp(params["mlp"], normed, policy=FLOAT32)
+        else:
+            mlp_out, routing, _ = moe(params["moe"], bias, normed, None, cfg=cfg.moe, policy=FLOAT32)
+            logits = router_logits(params["moe"]["router"], normed)
+            N = tokens.size
+            close(logits.reshape(N, -1), expected[f"router{layer}_logits"].reshape(N, -1), 1e-4)
+            dense = np.zeros((N, cfg.moe.num_experts), np.float32)
+            np.put_along_axis(dense, np.asarray(routing.ids), np.asarray(routing.weights), axis=-1)
+            close(dense, expected[f"router{layer}_dense"].reshape(N, -1), 1e-5)
+            ids = np.sort(np.asarray(routing.ids), axis=-1)
+            np.testing.assert_array_equal(ids, expected[f"router{layer}_indices"].reshape(N, -1))
+            assert int(routing.load.sum()) == N * cfg.moe.top_k
+        close(mlp_out, expected[f"layer{layer}_mlp_out"], 1e-4)
+        x = next_x
+        close(x, expected[f"layer{layer}_out"], 1e-4)
+        close(latents.kv, expected[f"cache{layer}_ckv"], 1e-4)
+        close(latents.k_rope, expected[f"cache{layer}_kpe"], 1e-4)
+    close(
+        rms_norm(x, case.variables["params"]["final_norm"]["scale"], eps=cfg.norm_eps), expected["final_norm_out"], 1e-4
+    )
+
+
+def test_forward_gives_logits_and_one_router_row_a_layer(case: Case) -> None:
+    cfg, expected = case.cfg, case.expected
+    out = jax.jit(lambda v, t, p: forward(cfg, v, t, p))(
+        case.variables, expected["input_ids"], expected["position_ids"]
+    )
+    close(out.logits, expected["logits"], 1e-4)
+    close(out.logits, expected["logits_f64"], 1e-4)
+    for row, layer in enumerate(range(cfg.num_dense_layers, cfg.num_layers)):
+        ids, weights = np.asarray(out.router.ids[row]), np.asarray(out.router.weights[row])
+        order = np.argsort(ids, axis=-1)
+        np.testing.assert_array_equal(
+            np.take_along_axis(ids, order, -1).ravel(), expected[f"router{layer}_indices"].ravel()
+        )
+        close(np.take_along_axis(weights, order, -1).ravel(), expected[f"router{layer}_weights"].ravel(), 1e-5)
+        np.testing.assert_array_equal(out.router.load[row], np.bincount(ids.ravel(), minlength=cfg.moe.num_experts))
+
+
+def test_left_padding_changes_nothing_for_real_tokens(case: Case) -> None:
+    expected = case.expected
+    mask = expected["leftpad_attention_mask"]
+    out = forward(
+        case.cfg, case.variables, expected["input_ids"], expected["leftpad_position_ids"], segment_ids=jnp.asarray(mask)
+    )
+    seen = mask.astype(bool)
+    close(np.asarray(out.logits)[seen], expected["leftpad_logits"][seen], 1e-4)
+    assert int(out.router.load[0].sum()) == int(mask.sum()) * case.cfg.moe.top_k
+
+
+def mean_loss(cfg: ModelConfig, params, router_state, tokens, labels) -> jax.Array:
+    """Mean over labels ≥ 0 of the next token's negative log-likelihood."""
+    states = hidden_states(cfg, {"params": params, "router_state": router_state}, tokens, with_mtp=False)
+    weights = jnp.asarray(labels >= 0, jnp.float32)
+    total = next_token_loss(states.hidden, params["unembed"]["w"], jnp.asarray(labels), weights, chunk_size=16)
+    return total / weights.sum()
+
+
+def shifted(labels: np.ndarray) -> np.ndarray:
+    """Label t+1 at row t, -100 at the end."""
+    return np.concatenate([labels[:, 1:], np.full((labels.shape[0], 1), -100, np.int32)], axis=1)
+
+
+def test_loss_and_gradients(case: Case) -> None:
+    cfg, expected = case.cfg, case.expected
+    labels = shifted(expected["input_ids"])
+    loss, grads = jax.jit(
+        jax.value_and_grad(lambda p: mean_loss(cfg, p, case.variables["router_state"], expected["input_ids"], labels))
+    )(case.variables["params"])
+    close(loss, expected["loss"], 1e-5)
+    flat = flatten({"params": grads})
+    norms = dict(zip(expected["grad_norm_names"].tolist(), expected["grad_norms"], strict=True))
+    seen = set()
+    for entry in entries(cfg):
+        if entry.path not in flat or entry.key not in norms or entry.is_copy:
+            continue
+        actual = to_official(np.asarray(flat[entry.path][entry.index]), entry.input_axes)
+        np.testing.assert_allclose(np.linalg.norm(actual.astype(np.float64)), norms[entry.key], rtol=1e-4, atol=1e-7)
+        if f"grad/{entry.key}" in expected:
+            golden = expected[f"grad/{entry.key}"]
+            close(actual, golden, 1e-4 * np.abs(golden).max())
+        seen.add(entry.key)
+    assert seen == set(norms), f"no gradient of ours for {sorted(set(norms) - seen)}"
+
+
+def test_masked_loss(case: Case) -> None:
+    labels = shifted(case.expected["labels_masked"])
+    loss = mean_loss(
+        case.cfg, case.variables["params"], case.variables["router_state"], case.expected["input_ids"], labels
+    )
+    close(loss, case.expected["loss_masked"], 1e-5)
+
+
+def test_greedy_generation_is_exact(case: Case) -> None:
+    prompt, expected = case.expected["prompt_ids"], case.expected["generated_ids"]
+    np.testing.assert_array_equal(generate(case.cfg, case.variables, prompt, max_new_tokens=16), expected)
+
+
+def test_logits_of_every_generation_step(case: Case) -> None:
+    cfg, prompt, steps = case.cfg, case.expected["prompt_ids"], case.expected["generated_step_logits"]
+    B, T = prompt.shape
+    cache, logits = prefill(
+        cfg, case.variables, jnp.asarray(prompt), jnp.zeros(B, jnp.int32), cache_size=T + 16, policy=FLOAT32
+    )
+    step = jax.jit(lambda v, t, c: decode(cfg, v, t, c, policy=FLOAT32))
+    for i in range(16):
+        close(logits, steps[:, i], 1e-4)
+        cache, logits = step(case.variables, case.expected["generated_ids"][:, i], cache)
+
+
+def test_mtp_logits_of_the_official_order(golden: Path) -> None:
+    folder = golden / "hf" / "tiny_c"
+    cfg, variables = load_pretrained(folder)
+    expected = np.load(folder / "expected.npz")
+    out = forward(cfg, variables, expected["input_ids"])
+    close(out.mtp_logits[0], expected["mtp_logits"], 1e-4)
+    close(out.mtp_logits[0], expected["mtp_logits_f64"], 1e-4)
+    log_probabilities = jax.nn.log_softmax(out.mtp_logits[0][:, :-1])
+    labels = expected["input_ids"][:, 2:]
+    loss = -np.take_along_axis(np.asarray(log_probabilities), labels[..., None], axis=-1).mean()
+    close(loss, expected["mtp_loss"], 1e-5)
+    assert np.abs(np.asarray(out.mtp_logits[0]) - expected["mtp_logits_swapped_concat_wrong"]).max() > 0.1
