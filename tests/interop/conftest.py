@@ -82,6 +82,6 @@ def without_mtp():
 
 
 @pytest.fixture
-def devices() -> list[jax.Device]:
+def devices() -> list:
     """The eight CPU devices of the tests."""
     return jax.devices()
