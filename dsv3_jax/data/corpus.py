@@ -83,7 +83,7 @@ def list_files(cfg: DataConfig) -> Listing:
                 raise UserError(f"{given} has the unknown suffix {path.suffix!r}; {_known()} (data.paths).")
             found = [path]
             named.add(path)
-        elif glob.has_magic(given):
+        elif any(mark in given for mark in "*?["):
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
             found = [match for match in matches if match.is_file() and _is_known(match)]
             num_ignored += sum(match.is_file() for match in matches) - len(found)
@@ -110,9 +110,9 @@ def read(cfg: DataConfig, listing: Listing, tally: Tally) -> Iterator[Document]:
 
     for file in listing.files:
         try:
-            if file.suffix == ".jsonl":
+            if file.suffix.lower() == ".jsonl":
                 yield from _read_jsonl(file, cfg.text_field, reject, tally)
-            elif file.suffix == ".parquet":
+            elif file.suffix.lower() == ".parquet":
                 yield from _read_parquet(file, cfg.text_field, reject, tally)
             else:
                 text = _decode(file.read_bytes(), file)
@@ -154,7 +154,7 @@ def _files_below(root: Path, excluded: frozenset[str]) -> Iterator[tuple[str, st
 
 
 def _is_known(file: Path) -> bool:
-    return file.suffix.lower() in TEXT_SUFFIXES or file.suffix in (".jsonl", ".parquet")
+    return file.suffix.lower() in (*TEXT_SUFFIXES, ".jsonl", ".parquet")
 
 
 def _known() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.config.check import UserError
@@ -74,7 +74,7 @@ class TextTokenizer:
         found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, "N"], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int | np.integer] | Integer[np.ndarray, "N"], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are no UTF-8 (a cut character) become U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
