@@ -24,7 +24,7 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.hf_names import official_tensors
 from dsv3_jax.model.params import ParamSpec, abstract_params
 
-PARTS = (
+PARTS: tuple[str, ...] = (
     "embedding",
     "attention",
     "dense feed-forward",
@@ -190,7 +190,9 @@ def table(name: str, counted: ParameterReport) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.planning.params", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3_jax.planning.params", description="Counts the parameters of a configuration."
+    )
     parser.add_argument("config", help="a file of configs/")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     shape = parser.add_mutually_exclusive_group()
