@@ -4,6 +4,7 @@ Every expert's rows are contiguous and padded to whole blocks, so each block bel
 matmul needs one expert id a block. All shapes are static; all data movement, forward and backward, is a gather.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from dsv3_jax.typing import Array, Float, Int
 
 
 class BlockPlan(NamedTuple):
-    """Where each (token, choice) pair goes. M rows in blocks; unused rows and blocks lie anywhere past an expert's last.
+    """Where each (token, choice) pair goes, among M rows in blocks; an expert's unused rows are its last.
 
     `slot_of` row of each pair · `token_of` token of each row, N where the row is padding · `pair_of` index n·K + k of
     each row, N·K where padding · `block_expert` expert of each block, -1 where unused · `load` tokens of each expert.
@@ -25,6 +26,14 @@ class BlockPlan(NamedTuple):
     pair_of: Int[Array, "M"]
     block_expert: Int[Array, "M_blocks"]
     load: Int[Array, "E"]
+
+
+def block_size_for(num_pairs: int, num_experts: int) -> int:
+    """A block size, 8 to 64 rows, that wastes little of an average expert's rows and leaves few blocks to plan."""
+    size = 64
+    while size > 8 and size * num_experts * 4 > num_pairs:
+        size //= 2
+    return size
 
 
 def num_blocks(num_pairs: int, num_experts: int, block_size: int) -> int:
@@ -76,10 +85,8 @@ def _gather_rows_forward(x, plan):
 
 
 def _gather_rows_backward(plan, d_rows):
-    N, K = plan.slot_of.shape
-    gathered_NKD = d_rows[plan.slot_of.reshape(N * K)].reshape(N, K, d_rows.shape[1])
-    d_x = gathered_NKD.astype(jnp.float32).sum(axis=1).astype(d_rows.dtype)
-    return d_x, _no_gradient(plan)
+    d_x = functools.reduce(jnp.add, [d_rows[slot_N].astype(jnp.float32) for slot_N in plan.slot_of.T])
+    return d_x.astype(d_rows.dtype), _no_gradient(plan)
 
 
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
@@ -88,8 +95,9 @@ gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 @jax.custom_vjp
 def combine_rows(rows: Float[Array, "M D"], weights: Float[Array, "N K"], plan: BlockPlan) -> Float[Array, "N D"]:
     """Σ_k weights[n, k] · rows[slot_of[n, k]], summed in float32, in the dtype of `rows`."""
-    gathered_NKD = _rows_of_pairs(rows, plan)
-    return jnp.einsum("nkd,nk->nd", gathered_NKD, weights.astype(jnp.float32)).astype(rows.dtype)
+    pairs = zip(plan.slot_of.T, weights.astype(jnp.float32).T, strict=True)
+    weighted = [rows[slot_N].astype(jnp.float32) * weight_N[:, None] for slot_N, weight_N in pairs]
+    return functools.reduce(jnp.add, weighted).astype(rows.dtype)
 
 
 def _combine_rows_forward(rows, weights, plan):
@@ -101,16 +109,13 @@ def _combine_rows_backward(residuals, d_out):
     d_out_wide = d_out.astype(jnp.float32)
     weight_M = weights.astype(jnp.float32).reshape(-1).at[plan.pair_of].get(mode="fill", fill_value=0)
     d_rows = d_out_wide.at[plan.token_of].get(mode="fill", fill_value=0) * weight_M[:, None]
-    d_weights = jnp.einsum("nkd,nd->nk", _rows_of_pairs(rows, plan), d_out_wide)
+    d_weights = jnp.stack(
+        [(rows[slot_N].astype(jnp.float32) * d_out_wide).sum(axis=1) for slot_N in plan.slot_of.T], axis=1
+    )
     return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), _no_gradient(plan)
 
 
 combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
-
-
-def _rows_of_pairs(rows: Float[Array, "M D"], plan: BlockPlan) -> Float[Array, "N K D"]:
-    N, K = plan.slot_of.shape
-    return rows[plan.slot_of.reshape(N * K)].astype(jnp.float32).reshape(N, K, rows.shape[1])
 
 
 def _no_gradient(plan: BlockPlan) -> BlockPlan:

@@ -1,9 +1,15 @@
 """The routed experts: SwiGLU over rows sorted by expert (report section 2.1.2).
 
 `grouped_matmul` has the signature of a GPU grouped GEMM: contiguous blocks of rows, one expert id a block.
+`expert_ffn` composes two of them; `expert_ffn_fused` does a chunk's whole feed-forward at once and is the default.
+
+Neighbouring blocks of one expert are multiplied together, in chunks of a power of two of blocks up to `CHUNK_ROWS`
+rows: on CPU a GEMM of 64 rows runs at half the rate of one of 512. There is one loop for each chunk size, with a
+trip count read from the data, so unused blocks cost nothing and any load is exact.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +18,45 @@ from jax import lax
 
 from dsv3_jax.typing import Array, Float, Int
 
+CHUNK_ROWS = 512
+
 GroupedLinear = Callable[[Array, Array, Array], Array]
+"""(rows [M, D], weights [E, D, F], block_expert [M / block]) -> [M, F]."""
+
+
+def expert_ffn(
+    rows: Float[Array, "M D"],
+    params: Mapping[str, Array],
+    block_expert: Int[Array, "M_blocks"],
+    *,
+    grouped_linear: GroupedLinear | None = None,
+) -> Float[Array, "M D"]:
+    """down · (silu(gate · row) ⊙ (up · row)) with the weights of the row's block's expert (FFN^(r) of eq. 12).
+
+    `params`: gate_up [E, D, 2, F], down [E, F, D], cast to the dtype of `rows`, the compute dtype.
+    `grouped_linear` defaults to `grouped_matmul`.
+    """
+    grouped_linear = grouped_linear or grouped_matmul
+    gate_up, down = _weights_as(params, rows.dtype)
+    gate_up_MX = grouped_linear(rows, gate_up, block_expert)
+    return grouped_linear(_swiglu(gate_up_MX), down, block_expert)
+
+
+def expert_ffn_fused(
+    rows: Float[Array, "M D"], params: Mapping[str, Array], block_expert: Int[Array, "M_blocks"]
+) -> Float[Array, "M D"]:
+    """`expert_ffn` with everything between reading a chunk of rows and writing its result kept in cache.
+
+    The backward pass keeps gate and up of every row and recomputes their product.
+    """
+    gate_up, down = _weights_as(params, rows.dtype)
+    return _fused(rows, gate_up, down, block_expert)
 
 
 def grouped_matmul_reference(
     rows: Float[Array, "M D"], weights: Float[Array, "E D F"], block_expert: Int[Array, "M_blocks"]
 ) -> Float[Array, "M F"]:
-    """rows · weights[expert of the row's block], zeros where that is -1: plain twin of `grouped_matmul`."""
+    """Row times the weight of its block's expert, zeros where that is -1: plain twin of `grouped_matmul`."""
     blocks = block_expert.shape[0]
     rows_mbd = rows.reshape(blocks, rows.shape[0] // blocks, rows.shape[1])
     picked_mdf = weights[jnp.maximum(block_expert, 0)] * (block_expert >= 0)[:, None, None].astype(weights.dtype)
@@ -30,65 +68,160 @@ def grouped_matmul_reference(
 def grouped_matmul(
     rows: Float[Array, "M D"], weights: Float[Array, "E D F"], block_expert: Int[Array, "M_blocks"]
 ) -> Float[Array, "M F"]:
-    """rows · weights[expert of the row's block], zeros where that is -1.
+    """Row times the weight of its block's expert, zeros where that is -1.
 
-    Exact for any load. The gradient of `weights` is accumulated in float32.
+    Equal ids must be neighbours for speed, not for correctness. The gradient of `weights` is summed in float32.
     """
-    blocks = block_expert.shape[0]
-    rows_mbd = rows.reshape(blocks, rows.shape[0] // blocks, rows.shape[1])
 
-    def step(index, out):
-        def compute(out):
-            weight = lax.dynamic_index_in_dim(weights, block_expert[index], 0, keepdims=False)
-            block = jnp.matmul(rows_mbd[index], weight, preferred_element_type=jnp.float32)
-            return lax.dynamic_update_index_in_dim(out, block.astype(out.dtype), index, 0)
+    def multiply(start, size, expert, out):
+        product = _matmul(_rows(rows, start, size), _pick(weights, expert))
+        return _write(out, product, start)
 
-        return lax.cond(block_expert[index] >= 0, compute, lambda out: out, out)
-
-    out = jnp.zeros((blocks, rows_mbd.shape[1], weights.shape[2]), rows.dtype)
-    return lax.fori_loop(0, blocks, step, out).reshape(rows.shape[0], weights.shape[2])
+    out = jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
+    return _for_each_chunk(block_expert, _block_size(rows, block_expert), multiply, out)
 
 
-def _forward(rows, weights, block_expert):
+def _grouped_forward(rows, weights, block_expert):
     return grouped_matmul(rows, weights, block_expert), (rows, weights, block_expert)
 
 
-def _backward(residuals, d_out):
+def _grouped_backward(residuals, d_out):
     rows, weights, block_expert = residuals
-    d_rows = grouped_matmul(d_out, weights.swapaxes(1, 2), block_expert)
-    blocks = block_expert.shape[0]
-    rows_mbd = rows.reshape(blocks, rows.shape[0] // blocks, rows.shape[1])
-    d_out_mbf = d_out.reshape(blocks, rows.shape[0] // blocks, d_out.shape[1])
 
-    def step(index, d_weights):
-        def compute(d_weights):
-            expert = block_expert[index]
-            block = jnp.einsum("bd,bf->df", rows_mbd[index], d_out_mbf[index], preferred_element_type=jnp.float32)
-            total = lax.dynamic_index_in_dim(d_weights, expert, 0, keepdims=False) + block
-            return lax.dynamic_update_index_in_dim(d_weights, total, expert, 0)
+    def multiply(start, size, expert, gradients):
+        d_rows, d_weights = gradients
+        d_chunk = _rows(d_out, start, size)
+        d_rows = _write(d_rows, _matmul_transposed(d_chunk, _pick(weights, expert)), start)
+        return d_rows, _add_outer(d_weights, expert, _rows(rows, start, size), d_chunk)
 
-        return lax.cond(block_expert[index] >= 0, compute, lambda d_weights: d_weights, d_weights)
-
-    d_weights = lax.fori_loop(0, blocks, step, jnp.zeros(weights.shape, jnp.float32))
-    return d_rows, d_weights.astype(weights.dtype), np.zeros(block_expert.shape, jax.dtypes.float0)
+    zeros = (jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.float32))
+    d_rows, d_weights = _for_each_chunk(block_expert, _block_size(rows, block_expert), multiply, zeros)
+    return d_rows, d_weights.astype(weights.dtype), _no_gradient(block_expert)
 
 
-grouped_matmul.defvjp(_forward, _backward)
+grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 
-def expert_ffn(
-    rows: Float[Array, "M D"],
-    params: Mapping[str, Array],
+@jax.custom_vjp
+def _fused(rows, gate_up, down, block_expert):
+    def feed_forward(start, size, expert, out):
+        chunk_gate_up = _matmul(_rows(rows, start, size), _pick(gate_up, expert))
+        return _write(out, _matmul(_swiglu(chunk_gate_up).astype(rows.dtype), _pick(down, expert)), start)
+
+    return _for_each_chunk(block_expert, _block_size(rows, block_expert), feed_forward, jnp.zeros_like(rows))
+
+
+def _fused_forward(rows, gate_up, down, block_expert):
+    def feed_forward(start, size, expert, outs):
+        out, kept = outs
+        chunk_gate_up = _matmul(_rows(rows, start, size), _pick(gate_up, expert))
+        chunk_out = _matmul(_swiglu(chunk_gate_up).astype(rows.dtype), _pick(down, expert))
+        return _write(out, chunk_out, start), _write(kept, chunk_gate_up, start)
+
+    zeros = (jnp.zeros_like(rows), jnp.zeros((rows.shape[0], gate_up.shape[2]), rows.dtype))
+    out, kept = _for_each_chunk(block_expert, _block_size(rows, block_expert), feed_forward, zeros)
+    return out, (rows, gate_up, down, block_expert, kept)
+
+
+def _fused_backward(residuals, d_out):
+    rows, gate_up, down, block_expert, kept = residuals
+
+    def feed_forward(start, size, expert, gradients):
+        d_rows, d_gate_up, d_down = gradients
+        d_chunk = _rows(d_out, start, size)
+        product, d_product = jax.vjp(_swiglu, _rows(kept, start, size).astype(jnp.float32))
+        d_hidden = _matmul_transposed(d_chunk, _pick(down, expert))
+        d_chunk_gate_up = d_product(d_hidden)[0].astype(rows.dtype)
+        d_rows = _write(d_rows, _matmul_transposed(d_chunk_gate_up, _pick(gate_up, expert)), start)
+        d_down = _add_outer(d_down, expert, product.astype(rows.dtype), d_chunk)
+        return d_rows, _add_outer(d_gate_up, expert, _rows(rows, start, size), d_chunk_gate_up), d_down
+
+    zeros = (jnp.zeros_like(rows), jnp.zeros(gate_up.shape, jnp.float32), jnp.zeros(down.shape, jnp.float32))
+    d_rows, d_gate_up, d_down = _for_each_chunk(block_expert, _block_size(rows, block_expert), feed_forward, zeros)
+    return d_rows, d_gate_up.astype(gate_up.dtype), d_down.astype(down.dtype), _no_gradient(block_expert)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _for_each_chunk(
     block_expert: Int[Array, "M_blocks"],
-    *,
-    grouped_linear: GroupedLinear = grouped_matmul,
-) -> Float[Array, "M D"]:
-    """(silu(rows · gate) ⊙ (rows · up)) · down, each row with the weights of its block's expert (eq. 12's FFN^(r)).
+    block_size: int,
+    step: Callable[[Array, int, Array, Any], Any],
+    carry: Any,
+) -> Any:
+    """Folds step(first row, number of rows (static), expert, carry) over the chunks that cover all used blocks.
 
-    `params`: gate_up [E, D, 2, F], down [E, F, D]; they are cast to the dtype of `rows`, the compute dtype.
+    A run of n blocks of one expert becomes ⌊n/c⌋ chunks of the largest size c and the binary digits of the rest.
     """
-    E, D, _, F = params["gate_up"].shape
-    gate_up = params["gate_up"].astype(rows.dtype).reshape(E, D, 2 * F)
-    hidden_M2F = grouped_linear(rows, gate_up, block_expert).reshape(rows.shape[0], 2, F)
-    gated_MF = jax.nn.silu(hidden_M2F[:, 0]) * hidden_M2F[:, 1]
-    return grouped_linear(gated_MF, params["down"].astype(rows.dtype), block_expert)
+    blocks = block_expert.shape[0]
+    largest = 1
+    while largest * 2 <= min(blocks, max(CHUNK_ROWS // block_size, 1)):
+        largest *= 2
+    index = jnp.arange(blocks, dtype=jnp.int32)
+    changes = block_expert[1:] != block_expert[:-1]
+    edge = jnp.ones(1, bool)
+    run_start = lax.cummax(jnp.where(jnp.concatenate([edge, changes]), index, 0))
+    run_end = lax.cummin(jnp.where(jnp.concatenate([changes, edge]), index + 1, blocks), reverse=True)
+    run, position = run_end - run_start, index - run_start
+    size = largest
+    while size >= 1:
+        if size == largest:
+            starts_chunk = (position % size == 0) & (position + size <= run)
+        else:
+            starts_chunk = (run & size != 0) & (position == run - run % (2 * size))
+        starts_chunk &= block_expert >= 0
+        first_blocks = jnp.argsort(~starts_chunk, stable=True).astype(jnp.int32)
+
+        def visit(i, carry, first_blocks=first_blocks, rows=size * block_size):
+            block = first_blocks[i]
+            return step(block * block_size, rows, block_expert[block], carry)
+
+        carry = lax.fori_loop(0, starts_chunk.sum(dtype=jnp.int32), visit, carry)
+        size //= 2
+    return carry
+
+
+def _block_size(rows: Array, block_expert: Array) -> int:
+    return rows.shape[0] // block_expert.shape[0]
+
+
+def _weights_as(params: Mapping[str, Array], dtype: Any) -> tuple[Float[Array, "E D X"], Float[Array, "E F D"]]:
+    gate_up = params["gate_up"]
+    return gate_up.astype(dtype).reshape(*gate_up.shape[:2], -1), params["down"].astype(dtype)
+
+
+def _swiglu(gate_up: Float[Array, "M X"]) -> Float[Array, "M F"]:
+    gate, up = jnp.split(gate_up, 2, axis=1)
+    return jax.nn.silu(gate) * up
+
+
+def _matmul(x: Array, w: Array) -> Array:
+    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _matmul_transposed(x: Array, w: Array) -> Array:
+    """x · wᵀ"""
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _add_outer(total: Float[Array, "E D F"], expert: Array, x: Array, d_out: Array) -> Float[Array, "E D F"]:
+    """total with xᵀ · d_out added to one expert."""
+    outer = lax.dot_general(x, d_out, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dynamic_update_index_in_dim(total, _pick(total, expert) + outer, expert, 0)
+
+
+def _pick(weights: Float[Array, "E D F"], expert: Array) -> Float[Array, "D F"]:
+    return lax.dynamic_index_in_dim(weights, expert, 0, keepdims=False)
+
+
+def _rows(x: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, 0)
+
+
+def _write(out: Array, chunk: Array, start: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(out, chunk.astype(out.dtype), start, 0)
+
+
+def _no_gradient(ids: Array) -> np.ndarray:
+    return np.zeros(ids.shape, jax.dtypes.float0)

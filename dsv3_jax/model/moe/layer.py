@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from dsv3_jax.config.model import MoEConfig
 from dsv3_jax.model.mlp import MLP, mlp
-from dsv3_jax.model.moe.dispatch import combine_rows, gather_rows, plan_blocks
-from dsv3_jax.model.moe.experts import expert_ffn
+from dsv3_jax.model.moe.dispatch import block_size_for, combine_rows, gather_rows, plan_blocks
+from dsv3_jax.model.moe.experts import expert_ffn_fused
 from dsv3_jax.model.moe.router import Router, expert_load, route, router_logits, routing, sequence_balance_loss
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Bool, Float, Int, Params
@@ -36,8 +36,9 @@ def local_experts(
     policy: Policy,
 ) -> Float[Array, "N D"]:
     """Σ_k weight·FFN_expert(x), dropless, on one device: sort by expert, multiply block by block, sum back."""
-    plan = plan_blocks(ids, params["down"].shape[0], block_size=64)
-    rows_MD = expert_ffn(gather_rows(x.astype(policy.compute_dtype), plan), params, plan.block_expert)
+    num_experts = params["down"].shape[0]
+    plan = plan_blocks(ids, num_experts, block_size=block_size_for(ids.size, num_experts))
+    rows_MD = expert_ffn_fused(gather_rows(x.astype(policy.compute_dtype), plan), params, plan.block_expert)
     return combine_rows(rows_MD, weights, plan)
 
 
