@@ -21,6 +21,7 @@ from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
 from dsv3_jax.config.train import TrainConfig
 from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.precision.policy import get_policy
+from dsv3_jax.serving.generate import generate
 from dsv3_jax.training.build import Run, open_run
 from dsv3_jax.training.evaluate import make_evaluator
 from dsv3_jax.training.finish import evaluate_part, finish
@@ -111,7 +112,7 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
     if run.progress.tokens < cfg.total_tokens:
         console.print(f"saved after step {run.progress.step}; the same command continues.", highlight=False)
     else:
-        finish(run, sum_loss, console)
+        finish(run, sum_loss, generate, console)
 
 
 def rates_at(tokens: int, cfg: TrainConfig) -> Rates:

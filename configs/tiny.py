@@ -1,6 +1,8 @@
 """The demo: a small DeepSeek-V3 that learns Python from the standard library's own sources.
 
 python train.py --config configs/tiny.py --run-dir runs/tiny      (or: make train)
+
+Expected: see below.
 """
 
 from dsv3_jax.config.data import DataConfig

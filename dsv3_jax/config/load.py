@@ -52,8 +52,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     check(path.is_file(), f"config file {str(path)!r} does not exist; see configs/ for those that come with it.")
     spec = importlib.util.spec_from_file_location(f"dsv3_jax_config_{path.stem}", path)
-    check(spec is not None and spec.loader is not None, f"config file {str(path)!r} is not a Python file.")
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {str(path)!r} is not a Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -78,7 +78,7 @@ def override(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for text in overrides:
         key, sign, value = text.partition("=")
         check(sign == "=" and key != "", f"--set {text!r} is not of the form key=value, such as train.lr.peak=1e-3.")
-        _assign(tree, key.strip(), value.strip())
+        _assign(tree, key.strip(), value)
     return from_dict(tree)
 
 
@@ -155,6 +155,9 @@ def _nearest(key: str, known: Iterable[str]) -> str | None:
 
 def _parse(text: str, hint: Any, key: str) -> Any:
     """The JSON value that `text` means for a field of type `hint`."""
+    if hint is str:
+        return text
+    text = text.strip()
     wrong = ConfigError(f"--set {key}={text}: not {_say(hint)}.")
     if _optional(hint):
         if text.lower() in ("none", "null"):
@@ -175,8 +178,6 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise wrong
         return text.lower() == "true"
-    if hint is str:
-        return text
     try:
         if hint is int:
             return _whole(text)

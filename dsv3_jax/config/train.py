@@ -142,10 +142,10 @@ class OutputConfig:
 class TrainConfig:
     """One training run.
 
-    A row has `seq_len` tokens. `total_tokens` is where the run stops; the schedules do not depend on it. `ema_decay` (0 = no average) and `ema_every`
-    steps rule the average of the parameters on the host; the report keeps one, its decay is not stated.
-    `remat`: what backward recomputes, as in `hidden_states`. `loss_chunk_size`: positions of every row whose logits
-    exist at once.
+    A row has `seq_len` tokens. `total_tokens` is where the run stops; the schedules do not depend on it.
+    `ema_decay` (0 = no average) and `ema_every` steps rule the average of the parameters on the host; the report keeps
+    one, its decay is not stated. `remat`: what backward recomputes, as in `hidden_states`.
+    `loss_chunk_size`: positions of every row whose logits exist at once.
     """
 
     seq_len: int = 4096

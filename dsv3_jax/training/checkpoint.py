@@ -19,7 +19,8 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from dsv3_jax.config.check import UserError
-from dsv3_jax.training.state import TrainState
+from dsv3_jax.config.load import from_dict
+from dsv3_jax.training.state import TrainState, abstract_state
 
 MANIFEST = "MANIFEST.json"
 HOST = "host.json"
@@ -191,10 +192,14 @@ def load_variables(
         name = "average" if use_average else "params"
         if not (path / name).is_dir():
             raise CheckpointError(f"checkpoint {path} has no {name}; it was trained with ema_decay=0.")
-        wanted: dict[str, Any] = {part: None for part in (name, "router_state") if (path / part).is_dir()}
-        loaded = jax.tree.map(np.asarray, ocp.load_checkpointables(path, wanted))
-        host = json.loads((path / HOST).read_text())
-        return host["config"], {"params": loaded[name], "router_state": loaded.get("router_state", {})}
+        config = json.loads((path / HOST).read_text())["config"]
+        abstract = abstract_state(from_dict(config))
+        wanted = {
+            name: _empty(abstract.params, np.float32 if use_average else None),
+            "router_state": _empty(abstract.router_state),
+        }
+        loaded = ocp.load_checkpointables(path, _without_empty(wanted))
+        return config, {"params": loaded[name], "router_state": loaded.get("router_state", {})}
     raise CheckpointError(f"{run_dir} holds no whole checkpoint; train with --run-dir {run_dir} first.")
 
 
@@ -242,6 +247,10 @@ def _with_sharding(tree: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
 
     return jax.tree.map(place, tree)
+
+
+def _empty(tree: Any, dtype: Any = None) -> Any:
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, dtype or leaf.dtype), tree)
 
 
 def _first_line(error: Exception) -> str:

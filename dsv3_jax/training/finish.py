@@ -14,7 +14,6 @@ from dsv3_jax.data.baselines import compressor_baselines
 from dsv3_jax.data.loader import heldout_batches
 from dsv3_jax.data.prepare import PreparedData
 from dsv3_jax.interop.save import save_pretrained
-from dsv3_jax.serving.generate import generate
 from dsv3_jax.training.build import Run
 from dsv3_jax.training.evaluate import Evaluation, SumLoss, evaluate
 from dsv3_jax.training.log import HELDOUT, METRICS, read_rows
@@ -24,6 +23,9 @@ from dsv3_jax.typing import Variables
 PLOT_NAME = "training.png"
 HF_NAME = "hf"
 
+Generate = Callable[..., np.ndarray]
+"""`dsv3_jax.serving.generate.generate`, or anything with its signature."""
+
 
 def evaluate_part(run: Run, sum_loss: SumLoss) -> Evaluation:
     """The evaluation during training: the first `train.output.eval_batches` held-out batches."""
@@ -31,7 +33,7 @@ def evaluate_part(run: Run, sum_loss: SumLoss) -> Evaluation:
     return evaluate(sum_loss, run.state.variables, batches)
 
 
-def finish(run: Run, sum_loss: SumLoss, console: rich.console.Console) -> None:
+def finish(run: Run, sum_loss: SumLoss, generate: Generate, console: rich.console.Console) -> None:
     """Evaluates on all held-out text, prints the results beside compressors, and writes picture, sample, HF folder."""
     console.print("evaluating on all held-out text …")
     result = evaluate(sum_loss, run.state.variables, _heldout(run, None))
@@ -50,7 +52,7 @@ def finish(run: Run, sum_loss: SumLoss, console: rich.console.Console) -> None:
     folder = run.run_dir / HF_NAME
     tokenizer = run.run_dir / "tokenizer.json"
     save_pretrained(folder, run.cfg.model, run.state.variables, "bfloat16", tokenizer=tokenizer, overwrite=True)
-    text = sample_text(run)
+    text = sample_text(run, generate)
     if text is not None:
         console.rule("sample (temperature 0.7)")
         console.print(text, markup=False, highlight=False)
@@ -75,7 +77,7 @@ def results_table(result: Evaluation, averaged: Evaluation | None, baselines: Ma
     return table
 
 
-def sample_text(run: Run) -> str | None:
+def sample_text(run: Run, generate: Generate) -> str | None:
     """`train.output.sample_prompt` continued by `sample_tokens` tokens; None when that is 0."""
     output, tokenizer = run.cfg.train.output, run.data.tokenizer
     if not output.sample_tokens:

@@ -54,7 +54,9 @@ def _stored_as(inner: optax.GradientTransformation, dtype: DType) -> optax.Gradi
         return cast(inner.init(params), dtype)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        # optax raises β to the int32 step count, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = inner.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.model.params import init
@@ -42,9 +41,4 @@ def _init_state(cfg: RunConfig) -> TrainState:
     weights_key, run_key = jax.random.split(jax.random.key(cfg.seed))
     variables = init(cfg.model, weights_key, get_policy(cfg.precision).param_dtype)
     opt_state = make_optimizer(cfg.train.optimizer, cfg.model).init(variables["params"])
-    # Moments of bfloat16 parameters are float32 all the same, unless the configuration says otherwise.
-    moment_dtype = jnp.dtype(cfg.train.optimizer.moment_dtype)
-    opt_state = jax.tree.map(
-        lambda x: x.astype(moment_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, opt_state
-    )
     return TrainState(variables["params"], variables["router_state"], opt_state, jax.random.key_data(run_key))

@@ -114,9 +114,10 @@ def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> StepFunc
 
     def update(state: TrainState, summed: Any, rates: Rates) -> tuple[TrainState, StepReport]:
         value, parts, grads = summed
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        wide = jax.tree.map(lambda param: param.astype(jnp.float32), state.params)
+        direction, opt_state = optimizer.update(grads, state.opt_state, wide)
         new = TrainState(
             apply_update(state.params, direction, rates.learning_rate),
             _move_biases(state.router_state, parts.load, rates.bias_speed),
@@ -132,11 +133,14 @@ def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> StepFunc
     def fused(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
         return update(state, gradients(state, batch, counts, share, rates), rates)
 
-    first = jax.jit(gradients)
-
     @partial(jax.jit, donate_argnums=0)
     def accumulate(summed: Any, state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
         return jax.tree.map(jnp.add, summed, gradients(state, batch, counts, share, rates))
+
+    @jax.jit
+    def nothing(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
+        shapes = jax.eval_shape(gradients, state, batch, counts, share, rates)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     finish = jax.jit(update, donate_argnums=0)
 
@@ -145,8 +149,8 @@ def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> StepFunc
         share = np.float32(1 / len(batches))
         if len(batches) == 1:
             return fused(state, batches[0], counts, share, rates)
-        summed = first(state, batches[0], counts, share, rates)
-        for batch in batches[1:]:
+        summed = nothing(state, batches[0], counts, share, rates)
+        for batch in batches:
             summed = accumulate(summed, state, batch, counts, share, rates)
         return finish(state, summed, rates)
 

@@ -40,7 +40,7 @@ def make_micro_batch(batch: Mapping[str, Int[np.ndarray, "B T"]], *, mtp_depth: 
     return MicroBatch(tokens, labels, weights, *masks)
 
 
-def label_counts(micro_batches: Sequence[MicroBatch]) -> Float[Array, "d"]:
+def label_counts(micro_batches: Sequence[MicroBatch]) -> Float[np.ndarray, "d"]:
     """Labels of each depth in the whole batch, at least 1: what the sums of losses are divided by."""
     total = sum(np.count_nonzero(batch.weights, axis=(1, 2)).astype(np.int64) for batch in micro_batches)
     return np.maximum(np.asarray(total), 1).astype(np.float32)

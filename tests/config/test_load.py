@@ -1,0 +1,143 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_jax.config.check import ConfigError
+from dsv3_jax.config.load import diff, fields_of, flatten, from_dict, load_config, override, to_dict
+from dsv3_jax.config.run import RunConfig
+
+CONFIGS = ("tiny", "bench_30m", "v2_lite_16b", "dsv3_671b")
+
+
+@pytest.fixture(scope="module")
+def tiny(repository: Path) -> RunConfig:
+    return load_config(repository / "configs" / "tiny.py")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_survives_json(repository: Path, name: str):
+    cfg = load_config(repository / "configs" / f"{name}.py")
+    assert cfg.name == name
+    assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_names_purpose_command_and_result(repository: Path, name: str):
+    text = (repository / "configs" / f"{name}.py").read_text()
+    assert f"configs/{name}.py" in text
+    assert "Expected" in text
+
+
+def test_every_key_of_a_full_config_can_be_set(repository: Path):
+    full = load_config(repository / "configs" / "dsv3_671b.py")
+    known = fields_of()
+    for key, value in flatten(to_dict(full)).items():
+        if value in ([], None):
+            continue
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        assert override(full, [f"{key}={text}"]) == full, key
+        assert key in known
+
+
+def test_values_are_read_by_the_type_of_their_field(tiny: RunConfig):
+    changed = override(
+        tiny,
+        [
+            "train.total_tokens=4e6",
+            "train.lr.peak=1",
+            "train.output.tensorboard=false",
+            "data.paths=a.txt, b/*.py",
+            "precision=mixed",
+            "model.mla.q_latent_dim=none",
+            "model.yarn=default",
+            "model.yarn.factor=4",
+        ],
+    )
+    assert changed.train.total_tokens == 4_000_000
+    assert isinstance(changed.train.total_tokens, int)
+    assert isinstance(changed.train.lr.peak, float)
+    assert changed.train.output.tensorboard is False
+    assert changed.data.paths == ("a.txt", "b/*.py")
+    assert changed.model.mla.q_latent_dim is None
+    assert changed.model.yarn is not None
+    assert changed.model.yarn.factor == 4.0
+
+
+def test_fields_that_belong_together_change_together(tiny: RunConfig):
+    changed = override(tiny, ["model.moe.num_groups=5", "model.moe.num_experts=20", "model.moe.groups_per_token=5"])
+    assert changed.model.moe.num_experts == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.lr.peek=1e-3", "did you mean 'train.lr.peak'"),
+        ("lr=1", "unknown key"),
+        ("peak=1e-3", "did you mean 'train.lr.peak'"),
+        ("model.num_layer=3", "did you mean 'model.num_layers'"),
+        ("train.lr=3", "names a group"),
+        ("train.lr.peak", "not of the form"),
+        ("train.lr.peak=fast", "not a number"),
+        ("train.total_tokens=1.5", "not a whole number"),
+        ("train.total_tokens=nan", "not a whole number"),
+        ("train.output.tensorboard=yes", "not true or false"),
+        ("precision=fp8", "not one of float32, bfloat16, mixed"),
+        ("model.yarn.factor=4", "model.yarn is none"),
+        ("model.num_dense_layers=99", "num_dense_layers=99"),
+        ("model.moe.num_experts=17", "not divisible"),
+        ("train.batch.full=13", "whole micro-batches"),
+        ("data.paths=[1]", "not text"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_with_the_reason(tiny: RunConfig, text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        override(tiny, [text])
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match="get_config"):
+        load_config(tmp_path / "empty.py")
+    (tmp_path / "wrong.py").write_text("def get_config(): return 3")
+    with pytest.raises(ConfigError, match="returned int"):
+        load_config(tmp_path / "wrong.py")
+    (tmp_path / "broken.py").write_text("def get_config(:")
+    with pytest.raises(ConfigError, match="not valid Python"):
+        load_config(tmp_path / "broken.py")
+
+
+def test_json_of_another_version_is_refused_with_the_key(tiny: RunConfig):
+    tree = to_dict(tiny)
+    del tree["train"]["seq_len"]
+    with pytest.raises(ConfigError, match=r"'train\.seq_len' is missing"):
+        from_dict(tree)
+    with pytest.raises(ConfigError, match="unknown key 'colour'"):
+        from_dict({**to_dict(tiny), "colour": 1})
+
+
+def test_diff_lists_what_changed_and_nothing_else(tiny: RunConfig):
+    new = override(tiny, ["train.lr.peak=0.5", "model.yarn=default"])
+    found = diff(to_dict(tiny), to_dict(new))
+    keys = {difference.key for difference in found}
+    assert "train.lr.peak" in keys
+    assert all(key == "train.lr.peak" or key.startswith("model.yarn") for key in keys)
+    assert diff(to_dict(tiny), to_dict(tiny)) == []
+    assert "-> 0.5" in next(str(difference) for difference in found if difference.key == "train.lr.peak")
+
+
+@given(st.integers(min_value=1, max_value=10**16))
+def test_token_counts_stay_exact(tokens: int):
+    cfg = dataclasses.replace(_any(), total_tokens=tokens)
+    assert from_dict(to_dict(cfg), type(cfg)).total_tokens == tokens
+
+
+def _any():
+    from dsv3_jax.config.train import TrainConfig
+
+    return TrainConfig()

@@ -1,0 +1,47 @@
+"""The smallest run that has every part: for tests of stopping and resuming.
+
+    python train.py --config tests/training/midget.py --run-dir DIR --set data.paths=FOLDER
+
+Expected: 24 steps in a second or two once compiled.
+"""
+
+from dsv3_jax.config.data import DataConfig
+from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
+from dsv3_jax.config.run import RunConfig
+from dsv3_jax.config.train import AuxiliaryConfig, BatchConfig, LearningRateConfig, OutputConfig, TrainConfig
+
+SEQ_LEN = 16
+STEPS = 24
+
+
+def get_config() -> RunConfig:
+    """Two layers, one MTP module, eight experts, one row a micro-batch; the batch grows from two rows to four."""
+    model = ModelConfig(
+        vocab_size=300,
+        model_dim=16,
+        num_layers=2,
+        num_dense_layers=1,
+        ffn_dim=32,
+        mla=MLAConfig(num_heads=2, q_latent_dim=8, kv_latent_dim=8, nope_head_dim=8, rope_head_dim=4, v_head_dim=8),
+        moe=MoEConfig(num_experts=8, num_shared_experts=1, top_k=2, expert_dim=8, num_groups=2, groups_per_token=1),
+        mtp_depth=1,
+        max_position=64,
+        yarn=None,
+        init_std=0.1,
+    )
+    tokens = STEPS * 4 * SEQ_LEN
+    train = TrainConfig(
+        seq_len=SEQ_LEN,
+        total_tokens=tokens - 8 * 2 * SEQ_LEN,
+        lr=LearningRateConfig(1e-2, 1e-3, 1e-4, tokens // 10, tokens // 2, tokens // 4, tokens // 8),
+        batch=BatchConfig(start=2, full=4, ramp_tokens=8 * 2 * SEQ_LEN, micro=2),
+        auxiliary=AuxiliaryConfig(bias_speed=0.01, mtp_switch_tokens=tokens // 2, bias_stop_tokens=tokens * 3 // 4),
+        output=OutputConfig(
+            eval_every=10, eval_batches=1, checkpoint_every=3, keep_checkpoints=2, tensorboard=False, sample_tokens=8
+        ),
+        ema_decay=0.9,
+        ema_every=2,
+        remat="none",
+        loss_chunk_size=8,
+    )
+    return RunConfig(name="midget", model=model, data=DataConfig(shuffle_rows=8, prefetch_batches=2), train=train)

@@ -1,0 +1,224 @@
+"""Whole runs of a midget: stopped, killed, resumed, refused."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import main
+
+MIDGET = Path(__file__).parent / "midget.py"
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for name in (argument for argument in ("json/decoder.py", "json/encoder.py", "json/scanner.py", "keyword.py")):
+        source = Path(json.__file__).parents[1] / name
+        (folder / name.replace("/", "_")).write_text(source.read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    shared = tmp_path_factory.mktemp("prepared") / "data"
+
+    def arguments(run_dir: Path, *more: str) -> list[str]:
+        sets = [f"data.paths={text}", f"data.cache_dir={shared}", "data.heldout_fraction=0.3", *more]
+        return ["--config", str(MIDGET), "--run-dir", str(run_dir), "--set", *sets]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(command(run_dir)) == 0
+    return run_dir
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def final_arrays(run_dir: Path) -> dict[str, bytes]:
+    """Every array of the last checkpoint, and the host's part of it."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    newest = max((run_dir / "checkpoints").iterdir())
+    names = [path.name for path in newest.iterdir() if path.is_dir()]
+    loaded = ocp.load_checkpointables(newest, dict.fromkeys(names))
+    import jax
+
+    arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(loaded)}
+    found = {name: np.asarray(leaf).tobytes() for name, leaf in arrays.items()}
+    host = json.loads((newest / "host.json").read_text())
+    return found | {"tokens": str(host["tokens"]).encode(), "data": json.dumps(host["data"]).encode()}
+
+
+def same_run(run_dir: Path, undisturbed: Path) -> None:
+    assert losses(run_dir) == losses(undisturbed)
+    assert [step for step, *_ in losses(run_dir)] == list(range(1, STEPS + 1))
+    assert final_arrays(run_dir) == final_arrays(undisturbed)
+
+
+def start(arguments: list[str], repository: Path, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{repository / 'kernels'}"}
+    return subprocess.Popen(
+        [sys.executable, str(repository / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def wait_for_rows(run_dir: Path, num: int, process: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + 300
+    path = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline and (process is None or process.poll() is None):
+        if path.exists() and len(path.read_text().splitlines()) >= num:
+            return
+        time.sleep(0.005)
+
+
+def test_a_finished_run_leaves_everything_behind(undisturbed: Path, capsys):
+    for name in ("config.json", "metrics.jsonl", "heldout.jsonl", "training.png", "tokenizer.json", "hf/config.json"):
+        assert (undisturbed / name).stat().st_size > 0, name
+    steps = sorted(int(path.name) for path in (undisturbed / "checkpoints").iterdir())
+    assert steps == [STEPS - 3, STEPS]
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    wanted = {"loss", "main_loss", "mtp_loss", "grad_norm", "learning_rate", "tokens_per_s", "mfu", "balance_loss"}
+    assert wanted | {"load_max_over_mean", "bias_min", "bias_max"} <= rows[-1].keys()
+    assert rows[-1]["bias_speed"] == 0.0
+    assert rows[0]["mtp_weight"] > rows[-1]["mtp_weight"]
+    assert rows[-1]["tokens"] - rows[-2]["tokens"] == 2 * (rows[1]["tokens"] - rows[0]["tokens"])
+
+
+def test_sigterm_saves_and_the_next_start_continues_bit_for_bit(command, undisturbed: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+
+    def stop() -> None:
+        wait_for_rows(run_dir, 10)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert main(command(run_dir)) == 0
+    thread.join()
+    assert 10 <= len(losses(run_dir)) < STEPS
+    assert main(command(run_dir)) == 0
+    same_run(run_dir, undisturbed)
+
+
+def test_kill_nine_and_the_next_start_continues_bit_for_bit(
+    command, undisturbed: Path, tmp_path: Path, repository: Path
+):
+    run_dir = tmp_path / "run"
+    process = start(command(run_dir), repository)
+    wait_for_rows(run_dir, 8, process)
+    process.kill()
+    process.communicate()
+    assert len(losses(run_dir)) < STEPS
+    assert main(command(run_dir)) == 0
+    same_run(run_dir, undisturbed)
+
+
+def test_a_corrupt_newest_checkpoint_falls_back(command, undisturbed: Path, tmp_path: Path, capsys):
+    run_dir = tmp_path / "run"
+    half = (8 * 2 + 10 * 4) * 16
+    assert main(command(run_dir, f"train.total_tokens={half}")) == 0
+    newest = max((run_dir / "checkpoints").iterdir())
+    damaged = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    capsys.readouterr()
+    assert main(command(run_dir)) == 0
+    out = capsys.readouterr().out
+    assert f"checkpoint {newest.name} is corrupt" in out
+    assert "resuming after step 15" in out
+    same_run(run_dir, undisturbed)
+
+
+def test_the_run_dir_of_another_config_is_refused_with_the_difference(command, undisturbed: Path, capsys):
+    before = losses(undisturbed)
+    assert main(command(undisturbed, "train.lr.peak=0.5", "model.moe.top_k=1")) == 2
+    message = capsys.readouterr().err
+    assert "train.lr.peak: 0.01 -> 0.5" in message
+    assert "model.moe.top_k: 2 -> 1" in message
+    assert losses(undisturbed) == before
+
+
+def test_bad_keys_exit_with_two_and_one_message(command, tmp_path: Path, capsys):
+    assert main(command(tmp_path, "train.lr.peek=1")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "did you mean 'train.lr.peak'" in message
+    assert message.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_with_three(command, tmp_path: Path, capsys):
+    run_dir = tmp_path / "run"
+    assert main(command(run_dir, "train.lr.peak=1e38", "train.lr.warmup_tokens=1")) == 3
+    message = capsys.readouterr().err
+    assert "not applied" in message
+    assert "lower train.lr.peak" in message
+    assert all(np.isfinite(loss) for _, loss, _ in losses(run_dir))
+
+
+def test_a_second_process_is_kept_out(command, tmp_path: Path, capsys):
+    import fcntl
+
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with (run_dir / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert main(command(run_dir)) == 2
+    assert "another process" in capsys.readouterr().err
+
+
+def test_a_full_disk_while_saving_leaves_the_old_checkpoint_good(
+    command, undisturbed: Path, tmp_path: Path, repository: Path
+):
+    """The disk is "full" through a limit on the size of files, which the arrays exceed and the logs do not."""
+    run_dir = tmp_path / "run"
+    half = (8 * 2 + 10 * 4) * 16
+    assert main(command(run_dir, f"train.total_tokens={half}")) == 0
+    before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    process = start(command(run_dir), repository, preexec_fn=limit)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert "saving the checkpoint of step" in output
+    assert "untouched" in output
+    assert set(before) <= {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert main(command(run_dir)) == 0
+    same_run(run_dir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(10))
+def test_kill_nine_at_a_random_moment(command, undisturbed: Path, tmp_path: Path, repository: Path, moment: int):
+    """Also inside a save: half of the moments are within milliseconds of a save's start."""
+    rng = np.random.default_rng(moment)
+    run_dir = tmp_path / "run"
+    for _ in range(2):
+        process = start(command(run_dir, "train.output.checkpoint_every=2"), repository)
+        wait_for_rows(run_dir, int(rng.integers(2, STEPS)), process)
+        time.sleep(float(rng.uniform(0, 0.05)) if moment % 2 else 0.0)
+        process.kill()
+        process.communicate()
+    assert main(command(run_dir, "train.output.checkpoint_every=2")) == 0
+    assert losses(run_dir) == losses(undisturbed)
+    assert final_arrays(run_dir) == final_arrays(undisturbed)

@@ -1,0 +1,214 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dsv3_jax as ds
+from dsv3_jax.config.run import RunConfig
+from dsv3_jax.config.train import OptimizerConfig
+from dsv3_jax.data.pack import as_batch
+from dsv3_jax.training.optimizer import decay_mask, make_optimizer
+from dsv3_jax.training.state import init_state
+from dsv3_jax.training.step import Rates, batch_loss, make_step
+from dsv3_jax.training.targets import MicroBatch, label_counts, make_micro_batch
+
+RATES = Rates(np.float32(1e-2), np.float32(0.3), np.float32(0.01))
+
+
+def rows(cfg: RunConfig, seed: int, num: int = 4) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, cfg.model.vocab_size, (num, cfg.train.seq_len + 1))
+
+
+def batch_of(cfg: RunConfig, tokens: np.ndarray, segments: np.ndarray | None = None) -> MicroBatch:
+    positions = None if segments is None else _positions(segments)
+    made = as_batch(tokens, segments, positions)
+    return make_micro_batch(made, mtp_depth=cfg.model.mtp_depth, document_mask=segments is not None)
+
+
+def _positions(segments: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(segments)
+    for b, row in enumerate(segments):
+        for t in range(1, len(row)):
+            out[b, t] = out[b, t - 1] + 1 if row[t] == row[t - 1] else 0
+    return out
+
+
+def packed(cfg: RunConfig, seed: int, num: int = 4) -> np.ndarray:
+    """Rows of two documents and some padding, cut at different places."""
+    rng = np.random.default_rng(seed)
+    T = cfg.train.seq_len + 1
+    segments = np.zeros((num, T), np.int32)
+    for b in range(num):
+        first, second = sorted(rng.integers(2, T + 1, 2))
+        segments[b, :first], segments[b, first:second] = 1, 2
+    return segments
+
+
+def test_labels_of_a_depth_never_cross_a_document_or_the_row(small):
+    segments = np.array([[1] * 5 + [2] * 6 + [0] * 2], np.int32)
+    tokens = rows(small, 0, 1)
+    batch = batch_of(small, tokens, segments)
+    T = small.train.seq_len
+    for k in range(2):
+        for t in range(T):
+            inside = t + 1 + k <= T and segments[0, t] != 0 and segments[0, t] == segments[0, t + 1 + k]
+            assert batch.weights[k, 0, t] == inside, (k, t)
+            if inside:
+                assert batch.labels[k, 0, t] == tokens[0, t + 1 + k]
+
+
+def test_without_masks_every_label_in_the_row_counts(small):
+    batch = batch_of(small, rows(small, 1))
+    T = small.train.seq_len
+    assert batch.weights[0].sum() == 4 * T
+    assert batch.weights[1].sum() == 4 * (T - 1)
+    assert batch.segment_ids is None
+
+
+def test_loss_equals_the_formula_over_full_logits(small):
+    """L_main + λ/D Σ L_k + α Σ L_balance, with packing, against log-softmax of `forward`."""
+    tokens, segments = rows(small, 2), packed(small, 2)
+    batch = jax.tree.map(jnp.asarray, batch_of(small, tokens, segments))
+    state = init_state(small)
+    counts = label_counts([jax.tree.map(np.asarray, batch)])
+    loss, parts = batch_loss(
+        state.params, state.router_state, batch, jnp.asarray(counts), jnp.float32(1), jnp.float32(0.3), cfg=small
+    )
+    out = ds.forward(small.model, state.variables, batch.tokens, batch.positions, batch.segment_ids)
+    means = []
+    for k, logits in enumerate((out.logits, *out.mtp_logits)):
+        log_p = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
+        total, count = 0.0, 0
+        for b in range(4):
+            for t in range(small.train.seq_len - k):
+                if segments[b, t] and segments[b, t] == segments[b, t + 1 + k]:
+                    total -= log_p[b, t, tokens[b, t + 1 + k]]
+                    count += 1
+        means.append(total / count)
+    assert float(parts.main) == pytest.approx(means[0], rel=1e-5)
+    assert float(parts.mtp[0]) == pytest.approx(means[1], rel=1e-5)
+    expected = means[0] + 0.3 * means[1] + 1e-4 * float(parts.balance.sum())
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_accumulation_equals_one_big_batch_when_label_counts_differ(small):
+    tokens, segments = rows(small, 3, 6), packed(small, 3, 6)
+    one = [batch_of(small, tokens, segments)]
+    three = [batch_of(small, tokens[i : i + 2], segments[i : i + 2]) for i in (0, 2, 4)]
+    assert len({float(label_counts([batch])[0]) for batch in three}) > 1
+    step = make_step(small)
+    big, big_report = step(init_state(small), one, RATES)
+    summed, report = step(init_state(small), three, RATES)
+    assert float(report.loss) == pytest.approx(float(big_report.loss), rel=1e-5)
+    assert float(report.grad_norm) == pytest.approx(float(big_report.grad_norm), rel=1e-4)
+    np.testing.assert_array_equal(report.parts.load, big_report.parts.load)
+    # Adam's first step divides a gradient by its own size, so tiny gradients amplify rounding: compare the moments.
+    for ours, theirs in zip(jax.tree.leaves(summed.opt_state), jax.tree.leaves(big.opt_state), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    for ours, theirs in zip(jax.tree.leaves(summed.router_state), jax.tree.leaves(big.router_state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_biases_of_all_routers_move_against_the_load_of_the_whole_batch(small):
+    batches = [batch_of(small, rows(small, seed)) for seed in (4, 5)]
+    state, report = make_step(small)(init_state(small), batches, RATES)
+    load = np.asarray(report.parts.load, np.float32)
+    expected = 0.01 * np.sign(load.mean(axis=1, keepdims=True) - load)
+    main = state.router_state["moe_layers"]["moe"]["router"]["bias"]
+    mtp = state.router_state["mtp"]["block"]["moe"]["router"]["bias"]
+    np.testing.assert_allclose(np.concatenate([main, mtp]), expected, atol=1e-7)
+    K, T = small.model.moe.top_k, small.train.seq_len
+    np.testing.assert_array_equal(load.sum(axis=1), [8 * T * K, 8 * (T - 1) * K])
+
+
+def test_only_matrices_decay(small):
+    mask = decay_mask(small.model)
+    flat = {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(mask)}
+    for path, decays in flat.items():
+        is_norm = "scale" in path or "q_norm" in path or "kv_norm" in path
+        assert decays != is_norm, path
+    still = jax.tree.map(jnp.zeros_like, init_state(small).params)
+    params = jax.tree.map(jnp.ones_like, still)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), small.model)
+    direction, _ = optimizer.update(still, optimizer.init(params), params)
+    assert float(direction["final_norm"]["scale"].sum()) == 0.0
+    np.testing.assert_allclose(direction["embed"]["w"], 0.1, rtol=1e-6)
+
+
+def test_the_optimizer_is_adamw_by_the_formula(small):
+    """Two steps in float64 by hand, with clipping."""
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=0.5), small.model)
+    params = init_state(small).params
+    state = optimizer.init(params)
+    first = jax.tree.map(lambda p: jnp.full_like(p, 0.3), params)
+    second = jax.tree.map(lambda p: jnp.full_like(p, -0.1), params)
+    moment = velocity = 0.0
+    for count, grads in enumerate((first, second), 1):
+        direction, state = optimizer.update(grads, state, params)
+        clipped = float(
+            jax.tree.leaves(grads)[0].flat[0] if hasattr(grads, "flat") else grads["final_norm"]["scale"][0]
+        )
+        clipped *= min(1.0, 0.5 / float(optax.tree.norm(grads)))
+        moment = 0.9 * moment + 0.1 * clipped
+        velocity = 0.95 * velocity + 0.05 * clipped**2
+        expected = (moment / (1 - 0.9**count)) / (np.sqrt(velocity / (1 - 0.95**count)) + 1e-8)
+        np.testing.assert_allclose(direction["final_norm"]["scale"], expected, rtol=2e-5)
+        np.testing.assert_allclose(direction["embed"]["w"], expected + 0.1 * params["embed"]["w"], rtol=2e-5, atol=2e-6)
+
+
+def test_moments_are_kept_in_the_configured_dtype(small):
+    train = dataclasses.replace(small.train, optimizer=OptimizerConfig(moment_dtype="bfloat16"))
+    cfg = dataclasses.replace(small, train=train)
+    state = init_state(cfg)
+    batch = batch_of(cfg, rows(cfg, 6))
+    before = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state)]
+    state, report = make_step(cfg)(state, [batch], RATES)
+    after = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state)]
+    assert before == after
+    assert set(map(str, after)) == {"int32", "bfloat16"}
+    assert bool(report.is_finite)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "mixed"])
+def test_every_precision_learns(small, precision: str):
+    cfg = dataclasses.replace(small, precision=precision)
+    step, state, batch = make_step(cfg), init_state(cfg), [batch_of(cfg, rows(cfg, 7))]
+    losses = []
+    for _ in range(8):
+        state, report = step(state, batch, RATES)
+        losses.append(float(report.loss))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing(small, num_micro: int):
+    def poisoned(*arguments, **static):
+        loss, parts = batch_loss(*arguments, **static)
+        return loss * jnp.float32(float("nan")), parts
+
+    state = init_state(small)
+    before = jax.tree.map(np.array, state)
+    after, report = make_step(small, poisoned)(state, [batch_of(small, rows(small, 8))] * num_micro, RATES)
+    assert not bool(report.is_finite)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_model_without_experts_or_mtp_trains(small):
+    cfg = dataclasses.replace(small, model=dataclasses.replace(small.model, mtp_depth=0, num_dense_layers=2))
+    state, report = make_step(cfg)(init_state(cfg), [batch_of(cfg, rows(cfg, 9))], RATES)
+    assert state.router_state == {}
+    assert bool(report.is_finite)
+    assert report.parts.load.shape[0] == 0
+
+
+def test_a_model_without_bias_and_with_two_mtp_modules_trains(small):
+    moe = dataclasses.replace(small.model.moe, has_bias=False, num_groups=1, groups_per_token=1)
+    cfg = dataclasses.replace(small, model=dataclasses.replace(small.model, moe=moe, mtp_depth=2))
+    _, report = make_step(cfg)(init_state(cfg), [batch_of(cfg, rows(cfg, 9))], RATES)
+    assert bool(report.is_finite)
+    assert report.parts.mtp.shape == (2,)
+    assert report.parts.load.shape[0] == 3
