@@ -12,6 +12,7 @@ V2, V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
 
 _FIXED = {
     "attention_bias": (False, "our attention has no biases"),
+    "mlp_bias": (False, "our feed-forward has no biases"),
     "tie_word_embeddings": (False, "our output head has its own weights"),
     "moe_layer_freq": (1, "every layer after first_k_dense_replace is a mixture of experts here"),
     "hidden_act": ("silu", "our feed-forward is SwiGLU"),

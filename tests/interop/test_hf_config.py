@@ -169,6 +169,7 @@ QUANT = RELEASED["quantization_config"]
         ({"architectures": ["LlamaForCausalLM"]}, r"LlamaForCausalLM.*unknown.*DeepseekV3ForCausalLM"),
         ({"architectures": None}, r"architectures=\[\] is unknown"),
         ({"attention_bias": True}, r"attention_bias=True.*no biases"),
+        ({"mlp_bias": True}, r"mlp_bias=True.*no biases"),
         ({"tie_word_embeddings": True}, r"tie_word_embeddings=True.*own weights"),
         ({"moe_layer_freq": 2}, r"moe_layer_freq=2"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'.*SwiGLU"),
