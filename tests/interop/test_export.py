@@ -1,0 +1,122 @@
+"""The export of a run: its newest whole checkpoint, its tokenizer, and exit code 2 for what a user can mend."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+import dsv3_jax as ds
+from dsv3_jax.config.load import to_dict
+from dsv3_jax.interop.export import export, main
+from dsv3_jax.training.checkpoint import CheckpointFolder
+from dsv3_jax.training.state import TrainState
+from dsv3_jax.typing import Variables
+
+
+@pytest.fixture
+def config_of(repository):
+    """Model -> what a checkpoint of a run of that model holds as its configuration."""
+    tiny = ds.load_config(repository / "configs" / "tiny.py")
+
+    def make(model: ds.ModelConfig) -> dict:
+        return to_dict(dataclasses.replace(tiny, model=model, precision="float32"))
+
+    return make
+
+
+@pytest.fixture
+def run_dir(tmp_path, small, random_variables, config_of) -> Path:
+    """Two checkpoints with moving averages, and a tokenizer."""
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints", keep=5)
+    for step in (1, 2):
+        average = jax.tree.map(np.asarray, random_variables(small, seed=10 + step)["params"])
+        folder.save(step, state_of(random_variables(small, seed=step)), average, {"config": config_of(small)})
+    folder.wait()
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["<bos>", "<eos>"], show_progress=False)
+    inner.train_from_iterator(["return x"], trainer)
+    inner.save(str(tmp_path / "run" / "tokenizer.json"))
+    return tmp_path / "run"
+
+
+def state_of(variables: Variables) -> TrainState:
+    return TrainState(variables["params"], variables["router_state"], {}, jnp.zeros(2, jnp.uint32))
+
+
+def test_newest_checkpoint_becomes_a_folder(run_dir, tmp_path, small, random_variables, assert_same_bits):
+    assert export(run_dir, tmp_path / "out", "float32") == small
+    cfg, variables = ds.load_pretrained(tmp_path / "out")
+    assert cfg == small
+    assert_same_bits(variables, random_variables(small, seed=2))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (run_dir / "tokenizer.json").read_bytes()
+
+
+def test_moving_average_on_request(run_dir, tmp_path, small, random_variables, assert_same_bits):
+    export(run_dir, tmp_path / "out", "float32", use_average=True)
+    _, variables = ds.load_pretrained(tmp_path / "out")
+    expected = {"params": random_variables(small, seed=12)["params"]}
+    assert_same_bits({"params": variables["params"]}, expected)
+    assert_same_bits({"bias": variables["router_state"]}, {"bias": random_variables(small, seed=2)["router_state"]})
+
+
+def test_corrupt_newest_checkpoint_falls_back(run_dir, tmp_path, small, random_variables, assert_same_bits, capsys):
+    file = max((run_dir / "checkpoints" / f"{2:012d}" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main([str(run_dir), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert "corrupt" in capsys.readouterr().out
+    assert_same_bits(ds.load_pretrained(tmp_path / "out")[1], random_variables(small, seed=1))
+
+
+def test_command_line(run_dir, tmp_path, repository, small):
+    command = [sys.executable, "-m", "dsv3_jax.interop.export", run_dir, tmp_path / "out"]
+    env = {"PYTHONPATH": f"{repository}:{repository / 'kernels'}", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"wrote {tmp_path / 'out'} (bfloat16)\n"
+    assert ds.load_pretrained(tmp_path / "out", "bfloat16")[0] == small
+
+
+def test_user_errors_have_exit_code_2_and_one_message(run_dir, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "is not a folder": [str(tmp_path / "nowhere"), str(tmp_path / "out")],
+        "holds no whole checkpoint": [str(tmp_path / "empty"), str(tmp_path / "out")],
+        "not an earlier export of ours": [str(run_dir), str(tmp_path / "full")],
+        "max_shard_size='huge' is not a size": [str(run_dir), str(tmp_path / "out"), "--max-shard-size", "huge"],
+    }
+    for message, arguments in cases.items():
+        assert main(arguments) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ")
+        assert message in said.err
+        assert said.err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    assert main([str(run_dir), str(tmp_path / "full"), "--overwrite"]) == 0
+
+
+def test_run_without_an_average(run_dir, tmp_path, small, random_variables, config_of, capsys):
+    shutil.rmtree(run_dir / "checkpoints")
+    folder = CheckpointFolder(run_dir / "checkpoints", keep=1)
+    folder.save(1, state_of(random_variables(small)), None, {"config": config_of(small)})
+    folder.wait()
+    assert main([str(run_dir), str(tmp_path / "out"), "--average"]) == 2
+    assert "has no average" in capsys.readouterr().err
+
+
+def test_tokenizer_that_does_not_fit_is_refused(run_dir, tmp_path, small, config_of, capsys):
+    shutil.rmtree(run_dir / "checkpoints")
+    tiny = dataclasses.replace(small, vocab_size=8)
+    folder = CheckpointFolder(run_dir / "checkpoints", keep=1)
+    folder.save(1, state_of(ds.init(tiny, jax.random.key(0))), None, {"config": config_of(tiny)})
+    folder.wait()
+    assert main([str(run_dir), str(tmp_path / "out")]) == 2
+    assert "vocab_size=8" in capsys.readouterr().err
