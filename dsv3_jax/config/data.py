@@ -19,6 +19,8 @@ class DataConfig:
     `ModelConfig.vocab_size` on at most `tokenizer_sample_bytes` of the training documents.
 
     Order. `fim_rate`: share of documents rearranged for fill-in-the-middle (report section 4.1: 0.1).
+    `token_split_rate`: share of the tokens joining a mark with a line break that are split in two (same section,
+    which does not state the share).
     `document_mask`: False joins documents and cuts them into rows, labels running over the joints (the report's
     pre-training); True keeps documents of one row apart by segment ids (its fine-tuning).
     `shuffle_rows`: window, in rows, over which rows are shuffled after packing; 1 turns it off.
@@ -35,6 +37,7 @@ class DataConfig:
     tokenizer: str | None = None
     tokenizer_sample_bytes: int = 100_000_000
     fim_rate: float = 0.1
+    token_split_rate: float = 0.1
     document_mask: bool = False
     shuffle_rows: int = 1024
     cache_dir: str | None = None
@@ -58,10 +61,11 @@ class DataConfig:
             0.0 < self.heldout_fraction < 1.0,
             f"heldout_fraction={self.heldout_fraction} must lie between 0 and 1, both excluded (DataConfig).",
         )
-        check(
-            0.0 <= self.fim_rate <= 1.0,
-            f"fim_rate={self.fim_rate} is not a share; use 0.0 (off) to 1.0 (DataConfig.fim_rate).",
-        )
+        for name in ("fim_rate", "token_split_rate"):
+            check(
+                0.0 <= getattr(self, name) <= 1.0,
+                f"{name}={getattr(self, name)} is not a share; use 0.0 (off) to 1.0 (DataConfig.{name}).",
+            )
         check(
             0.0 <= self.heldout_overlap < 1.0,
             f"heldout_overlap={self.heldout_overlap} must lie in 0 <= x < 1; 0.5 is half a window (DataConfig).",

@@ -10,6 +10,7 @@ from jaxtyping import Integer
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.data import fim, pack
+from dsv3_jax.data.boundary import split_at_line_breaks
 from dsv3_jax.data.rows import JoinedRows
 from dsv3_jax.data.shards import Shards
 from dsv3_jax.data.tokenizer import TextTokenizer
@@ -46,7 +47,9 @@ def make_train_iterator(
     if cfg.fim_rate > 0 and tokenizer.fim is None:
         raise UserError("the tokenizer lacks the marks of fill-in-the-middle; set data.fim_rate=0.")
     seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(4)]
-    arrange = functools.partial(_arrange, tokenizer=tokenizer, fim_rate=cfg.fim_rate)
+    arrange = functools.partial(
+        _arrange, tokenizer=tokenizer, fim_rate=cfg.fim_rate, token_split_rate=cfg.token_split_rate
+    )
     documents = grain.MapDataset.source(shards).random_map(arrange, seed=seeds[0]).shuffle(seed=seeds[1])
     documents = documents.slice(slice(process_index, None, process_count)).repeat(None)
     stream = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -72,12 +75,13 @@ def heldout_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every held-out token once, in order, without fill-in-the-middle: batches as for training, and `num_bytes` [B].
+    """Every held-out token once, as it is: batches as for training, and `num_bytes` [B], always in the same order.
 
-    Documents are `bos text eos`, each in windows of its own (`pack.heldout_windows`); `loss_mask` marks the tokens a
-    window scores, `num_bytes` the UTF-8 bytes these stand for. So bits per byte = Σ nll (nats) · loss_mask / ln 2 /
-    Σ num_bytes, with every byte and every end of document paid for; the same holds for a prefix of `max_batches`.
-    The last batch is filled up with rows of padding. All processes get the same number of batches.
+    Documents are `bos text eos`, each in windows of its own (`pack.heldout_windows`), which come in an order drawn
+    once, so that the first `max_batches` are a fair sample. `loss_mask` marks the tokens a window scores, `num_bytes`
+    the UTF-8 bytes these stand for. So bits per byte = Σ nll (nats) · loss_mask / ln 2 / Σ num_bytes, with every byte
+    and every end of document paid for. The last batch is filled up with rows of padding; all processes get the same
+    number of batches.
     """
     windows = _windows(tokenizer, shards, seq_len, overlap)
     size = batch_size * process_count
@@ -95,12 +99,19 @@ def heldout_batches(
 
 
 def _arrange(
-    tokens: Integer[np.ndarray, "_"], rng: np.random.Generator, *, tokenizer: TextTokenizer, fim_rate: float
+    tokens: Integer[np.ndarray, "_"],
+    rng: np.random.Generator,
+    *,
+    tokenizer: TextTokenizer,
+    fim_rate: float,
+    token_split_rate: float,
 ) -> np.ndarray:
     ids = tokens.astype(np.int32)
     if rng.random() < fim_rate and tokenizer.fim is not None:
         parts = fim.split(tokenizer.decode(ids), rng)
         ids = fim.assemble(*(tokenizer.encode(part) for part in parts), ids=tokenizer.fim)
+    if token_split_rate > 0:
+        ids = split_at_line_breaks(ids, tokenizer.line_break_halves, rate=token_split_rate, rng=rng)
     return pack.as_document(ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
 
 
@@ -131,15 +142,20 @@ def _finish(rows: dict[str, np.ndarray]) -> Batch:
 
 
 def _windows(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> Iterator[Batch]:
+    places = [
+        (record, *window)
+        for record in range(len(shards))
+        for window in pack.heldout_windows(len(shards[record]) + 2, seq_len, overlap)
+    ]
     sizes = tokenizer.bytes_per_token
-    for record in range(len(shards)):
+    for place in np.random.default_rng(0).permutation(len(places)):
+        record, start, first, stop = places[place]
         ids = shards[record].astype(np.int32)
         document = pack.as_document(ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
-        for start, first, stop in pack.heldout_windows(len(document), seq_len, overlap):
-            padded = np.full(seq_len + 1, tokenizer.pad_id, np.int32)
-            padded[: stop - start] = document[start:stop]
-            segments = (np.arange(seq_len + 1) < stop - start).astype(np.int32)
-            row = {name: value[0] for name, value in pack.as_batch(padded[None], segments[None]).items()}
-            label = np.arange(start + 1, start + seq_len + 1)
-            row["loss_mask"] = ((label >= first) & (label < stop)).astype(np.int32)
-            yield {**row, "num_bytes": np.asarray(sizes[document[first:stop]].sum(), np.int32)}
+        padded = np.full(seq_len + 1, tokenizer.pad_id, np.int32)
+        padded[: stop - start] = document[start:stop]
+        segments = (np.arange(seq_len + 1) < stop - start).astype(np.int32)
+        row = {name: value[0] for name, value in pack.as_batch(padded[None], segments[None]).items()}
+        label = np.arange(start + 1, start + seq_len + 1)
+        row["loss_mask"] = ((label >= first) & (label < stop)).astype(np.int32)
+        yield {**row, "num_bytes": np.asarray(sizes[document[first:stop]].sum(), np.int32)}

@@ -21,6 +21,8 @@ SPECIAL_TOKENS = (BOS, EOS, PAD, *FIM_MARKS)
 _RELEASED_FIM_MARKS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 _RELEASED_PAD = "<｜▁pad▁｜>"
 
+_LINE_BREAKS = ("\u010a", "\u010d")  # line feed and carriage return in the byte alphabet
+
 _WORDS = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",  # a word, with the one mark or blank before it
@@ -87,6 +89,21 @@ class TextTokenizer:
         for i, token in self._inner.get_added_tokens_decoder().items():
             sizes[i] = 0 if token.special else len(token.content.encode())
         return sizes
+
+    @functools.cached_property
+    def line_break_halves(self) -> Int[np.ndarray, "V 2"]:
+        """The tokens before and from the first line break of each id that joins the two, -1 for all others."""
+        halves = np.full((self.num_tokens, 2), -1, np.int32)
+        word = " x"  # what follows decides where indentation ends
+        for token, i in self._inner.get_vocab(with_added_tokens=False).items():
+            if not any(mark in token[1:] for mark in _LINE_BREAKS):
+                continue
+            text = self.decode([i])
+            cut = min(place for place in (text.find("\n"), text.find("\r")) if place >= 0)
+            parts = [self.encode(text[:cut]), self.encode(text[cut:] + word)[: -len(self.encode(word))]]
+            if text[:cut].strip() and [len(part) for part in parts] == [1, 1]:
+                halves[i] = np.concatenate(parts)
+        return halves
 
     def to_json(self) -> str:
         """The tokenizer.json that `load` and other libraries read."""
