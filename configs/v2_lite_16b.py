@@ -1,7 +1,7 @@
 """DeepSeek-V2-Lite, 15.7B parameters of which 2.4B work on a token: the size of the report's ablations.
 
     python -m dsv3_jax.planning.params configs/v2_lite_16b.py
-    python train.py --config configs/v2_lite_16b.py --run-dir DIR --set data.paths=/my/texts data.tokenizer=tokenizer.json
+    python train.py --config configs/v2_lite_16b.py --run-dir DIR --set data.paths=/my/texts data.tokenizer=t.json
 
 Expected: 15,706,484,224 parameters; at least 250 GB of device memory for parameters, gradients and moments, so no
 single device trains it. The shape is the released one (softmax scores, no bias, no MTP). The report's ablations at
