@@ -25,6 +25,7 @@ from dsv3_jax.serving.generate import generate
 from dsv3_jax.training.build import Run, open_run
 from dsv3_jax.training.evaluate import make_evaluator
 from dsv3_jax.training.finish import evaluate_part, finish
+from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.interrupt import StopRequest
 from dsv3_jax.training.log import ProgressBar, RunLog
 from dsv3_jax.training.metrics import Progress, Speed, metrics_row, mfu
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             for key, value in flatten(to_dict(cfg)).items():
                 console.print(f"{key} = {value!r}", markup=False, highlight=False)
             return 0
+        keep_freed_memory()
         keep_compiled_programs(Path(given.run_dir))
         with StopRequest() as stop, open_run(cfg, given.run_dir) as run:
             train(run, stop, console)
