@@ -24,6 +24,9 @@ TEXT_SUFFIXES = frozenset(
 )
 """One document a file, whatever the language."""
 
+LONGEST_DOCUMENT = 2**20
+"""Bytes (characters in a line or row) after which a text is cut at the next line break into further documents."""
+
 _EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
@@ -96,7 +99,9 @@ def list_files(cfg: DataConfig) -> Listing:
 
 
 def read(cfg: DataConfig, listing: Listing, tally: Tally) -> Iterator[Document]:
-    """Reads every document, in order, counting in `tally` what is left out.
+    """Reads every document, in order, counting in `tally` what is left out (of a long file, what follows the fault).
+
+    Texts longer than `LONGEST_DOCUMENT` become several documents, so that memory stays bounded.
 
     Raises:
         UserError: something is not a document and `cfg.on_bad_file` is "error".
@@ -115,9 +120,8 @@ def read(cfg: DataConfig, listing: Listing, tally: Tally) -> Iterator[Document]:
             elif file.suffix.lower() == ".parquet":
                 yield from _read_parquet(file, cfg.text_field, reject, tally)
             else:
-                text = _decode(file.read_bytes(), file)
-                if text:
-                    yield Document(listing.name(file), text)
+                if file.stat().st_size:
+                    yield from (Document(listing.name(file), text) for text in _read_text(file))
                 elif file in listing.named:
                     reject(f"{file} is empty; remove it from data.paths")
                 else:
@@ -171,6 +175,27 @@ def _decode(data: bytes, file: Path, first_line: int = 1) -> str:
         ) from e
 
 
+def _read_text(file: Path) -> Iterator[str]:
+    line = 1
+    with file.open("rb") as source:
+        while part := source.read(LONGEST_DOCUMENT):
+            part += source.readline(LONGEST_DOCUMENT)
+            for _ in range(3):  # an endless line may have been cut inside a character
+                part += source.read(1) if source.peek(1)[:1] and source.peek(1)[0] & 0xC0 == 0x80 else b""
+            yield _decode(part, file, line)
+            line += part.count(b"\n")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = (
+            text.find("\n", start + LONGEST_DOCUMENT, start + 2 * LONGEST_DOCUMENT) + 1 or start + LONGEST_DOCUMENT * 2
+        )
+        yield text[start:end]
+        start = end
+
+
 def _read_jsonl(file: Path, field: str, reject: Callable[[str], None], tally: Tally) -> Iterator[Document]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -182,7 +207,7 @@ def _read_jsonl(file: Path, field: str, reject: Callable[[str], None], tally: Ta
                 reject(str(e))
                 continue
             if text:
-                yield Document(f"{file}:{number}", text)
+                yield from (Document(f"{file}:{number}", piece) for piece in _pieces(text))
             else:
                 tally.num_empty += 1
 
@@ -220,7 +245,7 @@ def _read_parquet(file: Path, field: str, reject: Callable[[str], None], tally: 
                         reject(str(e))
                         continue
                     if text:
-                        yield Document(f"{file}:{row}", text)
+                        yield from (Document(f"{file}:{row}", piece) for piece in _pieces(text))
                     else:
                         tally.num_empty += 1
     except (pyarrow.ArrowException, OSError) as e:

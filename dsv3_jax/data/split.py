@@ -31,13 +31,13 @@ def plan(hashes: UInt64[np.ndarray, "N"], fraction: float) -> Split:
     """Chooses the rule so that both sides have a document.
 
     Normally the threshold is `fraction` of the hash range: it does not depend on which other documents there are.
-    When that leaves a side empty, it moves to the nearest hash that does not; a single content is cut at a line.
+    Where that leaves a side empty (few documents), the last `fraction` of every document is held out instead.
     """
-    different = np.unique(hashes)
-    if len(different) == 1:
-        return Split(threshold=0, tail_fraction=fraction)
-    lowest, highest = int(different[0]), int(different[-1])
-    return Split(threshold=min(max(int(fraction * 2**64), lowest + 1), highest))
+    threshold = int(fraction * 2**64)
+    num_heldout = int((hashes < np.uint64(threshold)).sum())
+    if 0 < num_heldout < len(hashes):
+        return Split(threshold)
+    return Split(threshold=0, tail_fraction=fraction)
 
 
 def _cut_near(text: str, share: float) -> int:

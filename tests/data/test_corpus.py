@@ -125,3 +125,24 @@ def test_empty_documents_found_in_folders_are_counted(tmp_path):
     documents, tally = _read(tmp_path)
     assert [document.text for document in documents] == ["x"]
     assert tally.num_empty == 2
+
+
+@pytest.mark.parametrize("line", ["some words äöü\n", "界"])
+def test_long_texts_are_cut_at_lines_or_between_characters(tmp_path, line):
+    text = line * (3 * corpus.LONGEST_DOCUMENT // len(line.encode()) + 1)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    for name in ("a.txt", "b.jsonl"):
+        documents, _ = _read(tmp_path / name)
+        assert "".join(document.text for document in documents) == text
+        assert max(len(document.text) for document in documents) <= 2 * corpus.LONGEST_DOCUMENT
+        assert len(documents) > 1 or name == "b.jsonl"
+        if "\n" in line:
+            assert all(document.text.endswith("\n") for document in documents)
+
+
+def test_a_fault_late_in_a_long_file_is_named_by_its_line(tmp_path):
+    lines = 2 * corpus.LONGEST_DOCUMENT // 10
+    (tmp_path / "a.txt").write_bytes(b"123456789\n" * lines + b"\xff\n")
+    with pytest.raises(UserError, match=f"line {lines + 1}: byte 0xff"):
+        _read(tmp_path / "a.txt")

@@ -10,6 +10,7 @@ import pytest
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.data import fim, loader, pack
+from dsv3_jax.data.prepare import prepare
 from dsv3_jax.data.rows import JoinedRows
 
 MASKS = pytest.mark.parametrize("document_mask", [False, True])
@@ -176,6 +177,16 @@ def test_processes_share_each_epoch_out(cfg, prepared, process_count):
     texts = [text for part in parts for text in _texts_of(part, prepared.tokenizer)[0]]
     expected = [prepared.tokenizer.decode(prepared.train[i]) for i in range(len(prepared.train))]
     assert collections.Counter(texts) == collections.Counter(expected)
+
+
+@MASKS
+def test_a_single_document_feeds_an_endless_stream(model, tmp_path, document_mask):
+    (tmp_path / "book.txt").write_text("".join(f"Line {n} of a book.\n" for n in range(300)))
+    cfg = DataConfig(paths=(str(tmp_path / "book.txt"),), document_mask=document_mask, shuffle_rows=4)
+    found = prepare(cfg, model, tmp_path / "run", say=lambda line: None)
+    batches = _iterator(cfg, found, batch_size=4, seq_len=100)
+    assert sum(next(batches)["loss_mask"].mean() for _ in range(50)) > 25
+    batches.close()
 
 
 def test_rate_zero_leaves_documents_alone(cfg, prepared):
