@@ -4,7 +4,7 @@
     python -m dsv3_jax.bench.decode configs/bench_30m.py
     python train.py --config configs/bench_30m.py --run-dir runs/bench_30m      (it trains, too)
 
-Expected: 29,261,184 parameters; speeds are in the README. Trained for all its tokens it needs hours on a laptop.
+Expected: 29,258,576 parameters; speeds are in the README. Trained for all its tokens it needs hours on a laptop.
 """
 
 from dsv3_jax.config.data import DataConfig

@@ -68,7 +68,7 @@ class CheckpointFolder:
         target = self.folder / f"{step:012d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            response = ocp.save_checkpointables_async(target, _without_empty(items))
+            response = ocp.save_checkpointables_async(str(target), _without_empty(items))
         except _WRITE_ERRORS as error:
             raise self._failed(step, error) from error
         self._saving = step, self._thread.submit(self._finish, target, response, dict(host))
@@ -131,7 +131,7 @@ class CheckpointFolder:
         }
         if average is not None:
             wanted["average"] = average
-        loaded = ocp.load_checkpointables(path, wanted)
+        loaded = ocp.load_checkpointables(str(path), wanted)
         state = TrainState(**{name: loaded.get(name, {}) for name in TrainState._fields})
         return Restored(_step_of(path), state, loaded.get("average"), host)
 
@@ -198,7 +198,7 @@ def load_variables(
             name: _empty(abstract.params, np.float32 if use_average else None),
             "router_state": _empty(abstract.router_state),
         }
-        loaded = ocp.load_checkpointables(path, _without_empty(wanted))
+        loaded = ocp.load_checkpointables(str(path), _without_empty(wanted))
         return config, {"params": loaded[name], "router_state": loaded.get("router_state", {})}
     raise CheckpointError(f"{run_dir} holds no whole checkpoint; train with --run-dir {run_dir} first.")
 

@@ -25,11 +25,11 @@ from dsv3_jax.typing import Array, Bool, Float, Int, Params
 
 
 class Rates(NamedTuple):
-    """The schedules' values for one step: η, λ, γ."""
+    """The schedules' values for one step, float32 scalars: η, λ, γ."""
 
-    learning_rate: Float[Array, ""]
-    mtp_weight: Float[Array, ""]
-    bias_speed: Float[Array, ""]
+    learning_rate: Any
+    mtp_weight: Any
+    bias_speed: Any
 
 
 class Parts(NamedTuple):
@@ -91,7 +91,8 @@ def batch_loss(
         return total / counts[depth]
 
     main = mean_loss(states.hidden, 0)
-    mtp_losses = [mean_loss(states.mtp_hidden[k], k + 1) for k in range(cfg.model.mtp_depth)]
+    mtp_hidden = () if states.mtp_hidden is None else states.mtp_hidden
+    mtp_losses = [mean_loss(hidden, depth) for depth, hidden in enumerate(mtp_hidden, 1)]
     mtp = jnp.stack(mtp_losses) if mtp_losses else jnp.zeros(0, jnp.float32)
     balance = share * states.balance_loss
     loss = main + train.auxiliary.balance_weight * balance.sum()
@@ -117,6 +118,7 @@ def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> StepFunc
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         wide = jax.tree.map(lambda param: param.astype(jnp.float32), state.params)
+        direction: Any
         direction, opt_state = optimizer.update(grads, state.opt_state, wide)
         new = TrainState(
             apply_update(state.params, direction, rates.learning_rate),

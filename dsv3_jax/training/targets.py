@@ -1,11 +1,11 @@
 """What each position should predict, made on the host so that a step knows its denominators before it starts."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3_jax.typing import Array, Float, Int
+from dsv3_jax.typing import Float, Int
 
 
 class MicroBatch(NamedTuple):
@@ -15,11 +15,11 @@ class MicroBatch(NamedTuple):
     or in another document when documents are masked. `segment_ids` is None when attention crosses documents.
     """
 
-    tokens: Int[Array, "B T"]
-    labels: Int[Array, "d B T"]
-    weights: Float[Array, "d B T"]
-    positions: Int[Array, "B T"] | None
-    segment_ids: Int[Array, "B T"] | None
+    tokens: Int[Any, "B T"]
+    labels: Int[Any, "d B T"]
+    weights: Float[Any, "d B T"]
+    positions: Int[Any, "B T"] | None
+    segment_ids: Int[Any, "B T"] | None
 
 
 def make_micro_batch(batch: Mapping[str, Int[np.ndarray, "B T"]], *, mtp_depth: int, document_mask: bool) -> MicroBatch:

@@ -37,7 +37,7 @@ def get_config() -> RunConfig:
         batch=BatchConfig(start=2, full=4, ramp_tokens=8 * 2 * SEQ_LEN, micro=2),
         auxiliary=AuxiliaryConfig(bias_speed=0.01, mtp_switch_tokens=tokens // 2, bias_stop_tokens=tokens * 3 // 4),
         output=OutputConfig(
-            eval_every=10, eval_batches=1, checkpoint_every=3, keep_checkpoints=2, tensorboard=False, sample_tokens=8
+            eval_every=10, eval_batches=1, checkpoint_every=5, keep_checkpoints=2, tensorboard=False, sample_tokens=0
         ),
         ema_decay=0.9,
         ema_every=2,

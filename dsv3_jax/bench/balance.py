@@ -1,0 +1,155 @@
+"""Does the router's bias balance the experts? The same skewed start trained with it and without it.
+
+    python -m dsv3_jax.bench.balance                    a table, and balance.png
+    python -m dsv3_jax.bench.balance --json             one JSON object
+
+All tokens share a direction in the embedding, and a few experts answer to it: at first every token goes to them.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dsv3_jax.config.check import UserError
+from dsv3_jax.config.load import load_config
+from dsv3_jax.config.run import RunConfig
+from dsv3_jax.config.train import BatchConfig
+from dsv3_jax.data.loader import make_train_iterator
+from dsv3_jax.data.prepare import prepare
+from dsv3_jax.training.metrics import load_ratio
+from dsv3_jax.training.plot import smooth
+from dsv3_jax.training.state import TrainState, init_state
+from dsv3_jax.training.step import Rates, make_step
+from dsv3_jax.training.targets import make_micro_batch
+
+WINDOW = 20
+"""Steps whose load is added up before max/mean is taken, so that the noise of one small batch does not count."""
+
+
+def skewed(state: TrainState, *, num_favoured: int, strength: float) -> TrainState:
+    """`state` with the first experts of every main router favoured by all tokens alike.
+
+    Every embedding gets the same vector of signs (as large as its own entries), and the favoured experts' centroids
+    point along it, so that their logits start about `strength` above the others'.
+    """
+    params: Any = jax.tree.map(lambda leaf: leaf, state.params)
+    embed = params["embed"]["w"]
+    dim = embed.shape[1]
+    signs = jnp.where(jax.random.bernoulli(jax.random.key(1), shape=(dim,)), 1.0, -1.0).astype(embed.dtype)
+    router = params["moe_layers"]["moe"]["router"]["w"]
+    pull = (strength / (0.7 * dim)) * signs.astype(router.dtype)
+    params["embed"]["w"] = embed + embed.std() * signs[None, :]
+    favoured = jnp.arange(router.shape[2]) < num_favoured
+    params["moe_layers"]["moe"]["router"]["w"] = jnp.where(favoured, router + pull[None, :, None], router)
+    return state._replace(params=params)
+
+
+def loads(cfg: RunConfig, run_dir: Path, *, steps: int, bias_speed: float) -> np.ndarray:
+    """Tokens of each expert in each step, int[steps, L, E], for the layers of the main model."""
+    data = prepare(cfg.data, cfg.model, run_dir)
+    batches = make_train_iterator(
+        cfg.data,
+        data.tokenizer,
+        data.train,
+        batch_size=cfg.train.batch.micro,
+        seq_len=cfg.train.seq_len,
+        seed=cfg.seed,
+    )
+    state = skewed(init_state(cfg), num_favoured=cfg.model.moe.top_k, strength=3.0)
+    step, found = make_step(cfg), []
+    auxiliary = cfg.train.auxiliary
+    for i in range(steps):
+        warm = min(1.0, (i + 1) / (steps / 10))
+        rates = Rates(np.float32(warm * cfg.train.lr.peak), np.float32(auxiliary.mtp_weight), np.float32(bias_speed))
+        batch = make_micro_batch(next(batches), mtp_depth=cfg.model.mtp_depth, document_mask=cfg.data.document_mask)
+        state, report = step(state, [batch], rates)
+        found.append(np.asarray(report.parts.load[: cfg.model.num_moe_layers]))
+    batches.close()
+    return np.stack(found)
+
+
+def ratios(load: np.ndarray) -> np.ndarray:
+    """max/mean load of every layer over the last `WINDOW` steps, float[steps, L]."""
+    steps, layers, experts = load.shape
+    flat = load.reshape(steps, -1).T.astype(float)
+    summed = np.stack([smooth(row, WINDOW) for row in flat], axis=1).reshape(steps, layers, experts)
+    return load_ratio(summed)
+
+
+def compare(cfg: RunConfig, run_dir: Path, *, steps: int, bias_speed: float) -> dict[str, np.ndarray]:
+    """`ratios` of both runs, by name."""
+    speeds = {"with bias update": bias_speed, "without": 0.0}
+    return {name: ratios(loads(cfg, run_dir, steps=steps, bias_speed=speed)) for name, speed in speeds.items()}
+
+
+def plot(path: Path, found: dict[str, np.ndarray]) -> None:
+    """Writes a PNG: one panel, a colour a run, a line a layer."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for color, (name, ratio) in zip(("C0", "C3"), found.items(), strict=True):
+        for layer in range(ratio.shape[1]):
+            label = f"{name}: ends at {ratio[-1].max():.2f}" if layer == 0 else None
+            panel.plot(ratio[:, layer], color=color, alpha=0.9 - 0.25 * layer, label=label)
+    panel.axhline(1.0, color="0.6", linewidth=1.0)
+    panel.set_title("Expert load from a skewed start (each line a layer)")
+    panel.set_xlabel("optimizer step")
+    panel.set_ylabel(f"busiest expert / mean, over {WINDOW} steps")
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3_jax.bench.balance", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", default="configs/tiny.py")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=4, help="sequences a step")
+    parser.add_argument("--bias-speed", type=float, default=0.01)
+    parser.add_argument("--run-dir", help="keep the prepared data here")
+    parser.add_argument("--out", default="balance.png")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    try:
+        cfg = load_config(given.config)
+        batch = BatchConfig(start=given.rows, full=given.rows, ramp_tokens=0, micro=given.rows)
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch=batch))
+        with tempfile.TemporaryDirectory() as temporary:
+            run_dir = Path(given.run_dir or temporary)
+            found = compare(cfg, run_dir, steps=given.steps, bias_speed=given.bias_speed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    plot(Path(given.out), found)
+    result = {name: {"start": _row(ratio[0]), "end": _row(ratio[-1])} for name, ratio in found.items()}
+    if given.json:
+        print(json.dumps(result))
+        return 0
+    print(f"{'busiest expert / mean':24}{'start':>10}{'end':>10}   (worst layer, {given.steps} steps)")
+    for name, ends in result.items():
+        print(f"{name:24}{max(ends['start']):10.2f}{max(ends['end']):10.2f}")
+    print(f"picture {given.out}")
+    return 0
+
+
+def _row(values: np.ndarray) -> list[float]:
+    return [float(value) for value in values]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
