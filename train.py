@@ -83,6 +83,7 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
                 log.write(row)
             bar.show(row)
 
+    bar.say("compiling the step, which takes up to a minute the first time …")
     try:
         while run.progress.tokens < cfg.total_tokens and not stop.requested:
             batches = [run.next_batch() for _ in range(num_micro_batches(run.progress.tokens, cfg.batch))]
@@ -97,15 +98,16 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
 
             if is_due(run.progress, output.checkpoint_every) or is_due(run.progress, output.eval_every):
                 read_reports()
-                if is_due(run.progress, output.checkpoint_every):
-                    run.save()
                 if is_due(run.progress, output.eval_every):
                     result = evaluate_part(run, sum_loss)
                     log.write_heldout({**run.progress._asdict(), **result._asdict()})
                     bar.say(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
+                if is_due(run.progress, output.checkpoint_every):
+                    run.save()
                 clock.restart(run.progress)
         read_reports()
-        if not is_due(run.progress, output.checkpoint_every):
+        run.checkpoints.wait()
+        if run.progress.step not in (0, *run.checkpoints.steps()):
             run.save()
         run.checkpoints.wait()
     finally:

@@ -97,7 +97,7 @@ class ProgressBar:
         self._bar.update(self._task, completed=row["tokens"], step=row["step"], loss=row["main_loss"], speed=speed)
         percent = 100 * row["tokens"] // self._total
         if not self._console.is_terminal and percent // 5 != self._last_percent // 5:
-            left = (self._total - row["tokens"]) / max(speed, 1e-9)
+            left = max(0, self._total - row["tokens"]) / max(speed, 1e-9)
             done = f"{percent:3d} %  step {row['step']}  loss {row['main_loss']:.4f}"
             self.say(f"{done}  {speed:,.0f} tokens/s  {left / 60:.1f} min left")
             self._last_percent = percent

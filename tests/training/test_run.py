@@ -109,6 +109,13 @@ def test_a_finished_run_leaves_everything_behind(undisturbed: Path, capsys):
     assert rows[-1]["tokens"] - rows[-2]["tokens"] == 2 * (rows[1]["tokens"] - rows[0]["tokens"])
 
 
+def test_a_finished_run_started_again_only_reports(command, undisturbed: Path, capsys):
+    before = losses(undisturbed)
+    assert main(command(undisturbed)) == 0
+    assert losses(undisturbed) == before
+    assert "bits per byte" in capsys.readouterr().out
+
+
 def test_sigterm_saves_and_the_next_start_continues_bit_for_bit(command, undisturbed: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
 
