@@ -50,5 +50,6 @@ def get_config() -> RunConfig:
         ema_every=10,
         ema_decay=0.99,
         remat="none",
+        loss_chunk_size=128,
     )
     return RunConfig(name="bench_30m", model=model, data=DataConfig(), train=train)
