@@ -34,7 +34,7 @@ Mix = Callable[[Params, Float[Array, "B T D"]], tuple[Float[Array, "B T D"], Any
 def dense_block(params: Params, x: Float[Array, "B T D"], mix: Mix, *, cfg: ModelConfig, parts: Parts):
     """One of the first layers. Returns (x, kept by `mix`)."""
     x, kept = _add_attention(params, x, mix, cfg=cfg)
-    normed = checkpoint_name(rms_norm(x, params["ffn_norm"]["scale"], eps=cfg.norm_eps), "norm")
+    normed = rms_norm(x, params["ffn_norm"]["scale"], eps=cfg.norm_eps)
     return x + mlp(params["mlp"], normed, policy=parts.policy), kept
 
 
@@ -50,7 +50,7 @@ def moe_block(
 ) -> tuple[Float[Array, "B T D"], Any, Routing, Float[Array, ""]]:
     """A mixture-of-experts layer. Returns (x, kept by `mix`, routing, balance loss without α)."""
     x, kept = _add_attention(params, x, mix, cfg=cfg)
-    normed = checkpoint_name(rms_norm(x, params["ffn_norm"]["scale"], eps=cfg.norm_eps), "norm")
+    normed = rms_norm(x, params["ffn_norm"]["scale"], eps=cfg.norm_eps)
     added, routing, balance = moe(
         params["moe"], bias, normed, valid, cfg=cfg.moe, policy=parts.policy, route=parts.route, experts=parts.experts
     )
@@ -58,9 +58,8 @@ def moe_block(
 
 
 def _add_attention(params: Params, x: Array, mix: Mix, *, cfg: ModelConfig) -> tuple[Array, Any]:
-    normed = checkpoint_name(rms_norm(x, params["attn_norm"]["scale"], eps=cfg.norm_eps), "norm")
-    added, kept = mix(params["mla"], normed)
-    return x + added, kept
+    added, kept = mix(params["mla"], rms_norm(x, params["attn_norm"]["scale"], eps=cfg.norm_eps))
+    return checkpoint_name(x + added, "kept"), kept
 
 
 def declare_dense_block(cfg: ModelConfig, key: jax.Array) -> dict:

@@ -12,13 +12,13 @@ from dsv3_jax.typing import Array, Float, Params
 def swiglu(gate_up: Float[Array, "... F2"]) -> Float[Array, "... F"]:
     """silu(gate)·up, where the last axis holds all gates, then all ups (arXiv 2002.05202)."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
-    return checkpoint_name(jax.nn.silu(gate) * up, "swiglu")
+    return jax.nn.silu(gate) * up
 
 
 def mlp(params: Params, x: Float[Array, "... D"], *, policy: Policy) -> Float[Array, "... D"]:
     """W_down·(silu(W_gate·x) · W_up·x); gate and up are one multiplication."""
     gate_up = params["gate_up"]
-    hidden = policy.linear(x, gate_up.reshape(gate_up.shape[0], -1))
+    hidden = checkpoint_name(policy.linear(x, gate_up.reshape(gate_up.shape[0], -1)), "kept")
     return policy.linear(swiglu(hidden), params["down"])
 
 

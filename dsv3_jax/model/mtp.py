@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.block import Parts, declare_moe_block, moe_block
@@ -85,6 +86,7 @@ def mtp(
         x = join(
             module_params, embed(embedding, next_tokens, policy=parts.policy), hidden, cfg=cfg, policy=parts.policy
         )
+        x = checkpoint_name(x, "kept")
         x, _, routing, balance = moe_block(
             module_params["block"], bias, x, valid, mix_with(segments), cfg=cfg, parts=parts
         )

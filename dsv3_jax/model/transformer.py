@@ -104,8 +104,9 @@ def hidden_states(
 ) -> Hidden:
     """Runs the model up to the head. Arguments as in `forward`.
 
-    `remat`: what backward recomputes: "none" nothing, "paper" norms, MLA up-projections and the SwiGLU product
-    (report section 3.2.3), "full" whole layers. `keep` says what of each layer's latents is returned in `kept`.
+    `remat`: what backward recomputes: "none" nothing, "paper" norms, MLA up-projections, the SwiGLU product
+    (report section 3.2.3) and attention, "full" whole layers. `keep` says what of each layer's latents is returned
+    in `kept`.
     """
     params = variables["params"]
     tokens = jnp.asarray(tokens)
@@ -160,12 +161,16 @@ def hidden_states(
 
 
 def rematerialised(step: Callable, remat: Remat) -> Callable:
-    """`step` of a scan over layers, with what its backward pass recomputes chosen by `remat`."""
+    """`step` of a scan over layers, with what its backward pass recomputes chosen by `remat`.
+
+    "paper" keeps exactly what `checkpoint_name(…, "kept")` marks: what comes out of a large multiplication, but not
+    MLA's up-projections. Naming what to keep is the only way: a policy that names what not to keep saves its input.
+    """
     check(remat in ("none", "paper", "full"), f"remat={remat!r} is unknown; use 'none', 'paper' or 'full'.")
     if remat == "none":
         return step
-    recomputed = jax.checkpoint_policies.save_anything_except_these_names("norm", "mla_up", "swiglu")
-    return jax.checkpoint(step, prevent_cse=False, policy=recomputed if remat == "paper" else None)
+    kept = jax.checkpoint_policies.save_only_these_names("kept")
+    return jax.checkpoint(step, prevent_cse=False, policy=kept if remat == "paper" else None)
 
 
 def layer_biases(variables: Variables) -> Float[Array, "L E"] | None:

@@ -5,6 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config.model import MoEConfig
 from dsv3_jax.typing import Array, Bool, Float, Int, Params
@@ -14,7 +15,8 @@ ScoreName = Literal["sigmoid", "softmax"]
 
 def router_logits(params: Params, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
     """uᵀe for every expert, always in float32: a choice must not depend on the compute dtype."""
-    return jnp.einsum("...d,de->...e", x.astype(jnp.float32), params["w"].astype(jnp.float32))
+    logits = jnp.einsum("...d,de->...e", x.astype(jnp.float32), params["w"].astype(jnp.float32))
+    return checkpoint_name(logits, "kept")
 
 
 def affinity(logits: Float[Array, "... E"], *, score: ScoreName) -> Float[Array, "... E"]:
