@@ -29,10 +29,11 @@ def init(cfg: ModelConfig, key: jax.Array, dtype: DType = jnp.float32) -> dict:
     Weights are N(0, init_std²), norms 1, router biases 0 (float32 whatever `dtype`). Stacks have a leading layer
     axis. Jitted: only the result is ever in memory.
     """
-    return _init(key, cfg=cfg, dtype=jnp.dtype(dtype))
+    key = jax.random.clone(key)  # traced whenever a caller's jit is, where compiler options may not be given
+    draw = _init if isinstance(key, jax.core.Tracer) else _init_jitted
+    return draw(key, cfg=cfg, dtype=jnp.dtype(dtype))
 
 
-@partial(jax.jit, static_argnames=("cfg", "dtype"))
 def _init(key: jax.Array, *, cfg: ModelConfig, dtype: jnp.dtype) -> dict:
     boxed = _declare_model(cfg, key)
     values = jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=_is_box)
@@ -40,6 +41,10 @@ def _init(key: jax.Array, *, cfg: ModelConfig, dtype: jnp.dtype) -> dict:
         "params": jax.tree.map(lambda leaf: leaf.astype(dtype), values["params"]),
         "router_state": values["router_state"],
     }
+
+
+# XLA's default level compiles this five times as long (27 CPU-seconds for a tiny model), for the same running time.
+_init_jitted = jax.jit(_init, static_argnames=("cfg", "dtype"), compiler_options={"xla_backend_optimization_level": 1})
 
 
 def abstract_params(cfg: ModelConfig, dtype: DType = jnp.float32) -> dict:
