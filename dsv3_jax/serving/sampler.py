@@ -19,8 +19,10 @@ def sample(
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, "B"]:
-    """Draws from softmax(logits / temperature) restricted by `keep_mask`."""
-    scaled = logits.astype(jnp.float32) / temperature
+    """Draws from softmax(logits / temperature) restricted by `keep_mask`; temperature > 0."""
+    logits = logits.astype(jnp.float32)
+    below_best = logits - logits.max(axis=-1, keepdims=True)  # so that a tiny temperature gives 0 and -inf, never NaN
+    scaled = below_best / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
     kept = jnp.where(keep_mask(scaled, top_k=top_k, top_p=top_p), scaled, -jnp.inf)
     return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
 
@@ -38,5 +40,5 @@ def keep_mask(logits: Float[Array, "B V"], *, top_k: Int[Array, ""], top_p: Floa
     in_top_k = (rank < top_k) | (top_k <= 0)
     probability = jax.nn.softmax(jnp.where(in_top_k, descending, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    keep_sorted = in_top_k & ((before < top_p) | (rank == 0))
+    keep_sorted = in_top_k & ((before < top_p) | (top_p >= 1) | (rank == 0))  # the sum may round to 1 before its end
     return jnp.take_along_axis(keep_sorted, jnp.argsort(order, axis=-1), axis=-1)
