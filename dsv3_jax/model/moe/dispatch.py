@@ -85,8 +85,7 @@ def _gather_rows_forward(x, plan):
 
 
 def _gather_rows_backward(plan, d_rows):
-    d_x = functools.reduce(jnp.add, [d_rows[slot_N].astype(jnp.float32) for slot_N in plan.slot_of.T])
-    return d_x.astype(d_rows.dtype), _no_gradient(plan)
+    return sum_pairs(d_rows, plan), _no_gradient(plan)
 
 
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
@@ -116,6 +115,12 @@ def _combine_rows_backward(residuals, d_out):
 
 
 combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
+
+
+def sum_pairs(rows: Float[Array, "M D"], plan: BlockPlan) -> Float[Array, "N D"]:
+    """Σ_k rows[slot_of[n, k]], summed in float32, in the dtype of `rows`. Not differentiable on its own."""
+    total = functools.reduce(jnp.add, [rows[slot_N].astype(jnp.float32) for slot_N in plan.slot_of.T])
+    return total.astype(rows.dtype)
 
 
 def _no_gradient(plan: BlockPlan) -> BlockPlan:

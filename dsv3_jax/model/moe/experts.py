@@ -1,7 +1,8 @@
 """The routed experts: SwiGLU over rows sorted by expert (report section 2.1.2).
 
 `grouped_matmul` has the signature of a GPU grouped GEMM: contiguous blocks of rows, one expert id a block.
-`expert_ffn` composes two of them; `expert_ffn_fused` does a chunk's whole feed-forward at once and is the default.
+`expert_ffn` composes two of them; `routed_ffn` takes tokens instead of rows and does everything between reading a
+token and weighting its result while the chunk is in cache.
 
 Neighbouring blocks of one expert are multiplied together, in chunks of a power of two of blocks up to `CHUNK_ROWS`
 rows: on CPU a GEMM of 64 rows runs at half the rate of one of 512. There is one loop for each chunk size, with a
@@ -15,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.model.moe.dispatch import BlockPlan, sum_pairs
 from dsv3_jax.typing import Array, Float, Int
 
 CHUNK_ROWS = 512
@@ -42,15 +45,17 @@ def expert_ffn(
     return grouped_linear(_swiglu(gate_up_MX), down, block_expert)
 
 
-def expert_ffn_fused(
-    rows: Float[Array, "M D"], params: Mapping[str, Array], block_expert: Int[Array, "M_blocks"]
-) -> Float[Array, "M D"]:
-    """`expert_ffn` with everything between reading a chunk of rows and writing its result kept in cache.
+def routed_ffn(
+    x: Float[Array, "N D"], params: Mapping[str, Array], weights: Float[Array, "N K"], plan: BlockPlan
+) -> Float[Array, "N D"]:
+    """Σ_k weight · FFN_expert(x) for the pairs that `plan` laid out: the routed part of eq. 12.
 
-    The backward pass keeps gate and up of every row and recomputes their product.
+    Equals `combine_rows(expert_ffn(gather_rows(x, plan), params, plan.block_expert), weights, plan)`. Of the M rows
+    the backward pass keeps gate and up only: tokens are gathered again, products made again, and the gradient of a
+    weight is read off where it multiplies the hidden product, so the experts' outputs are not needed.
     """
-    gate_up, down = _weights_as(params, rows.dtype)
-    return _fused(rows, gate_up, down, block_expert)
+    gate_up, down = _weights_as(params, x.dtype)
+    return _routed(x, gate_up, down, weights, plan)
 
 
 def grouped_matmul_reference(
@@ -103,45 +108,65 @@ grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 
 @jax.custom_vjp
-def _fused(rows, gate_up, down, block_expert):
-    def feed_forward(start, size, expert, out):
-        chunk_gate_up = _matmul(_rows(rows, start, size), _pick(gate_up, expert))
-        return _write(out, _matmul(_swiglu(chunk_gate_up).astype(rows.dtype), _pick(down, expert)), start)
-
-    return _for_each_chunk(block_expert, _block_size(rows, block_expert), feed_forward, jnp.zeros_like(rows))
+def _routed(x, gate_up, down, weights, plan):
+    return _run_routed(x, gate_up, down, weights, plan)[0]
 
 
-def _fused_forward(rows, gate_up, down, block_expert):
+def _routed_forward(x, gate_up, down, weights, plan):
+    kept = jnp.zeros((plan.token_of.shape[0], gate_up.shape[2]), x.dtype)
+    out, kept = _run_routed(x, gate_up, down, weights, plan, kept)
+    return out, (x, gate_up, down, weights, plan, checkpoint_name(kept, "kept"))
+
+
+def _run_routed(x, gate_up, down, weights, plan, *kept):
+    """The result, followed by gate and up of every row if a buffer for them is given."""
+    weight_M = _weight_of_row(weights, plan)
+
     def feed_forward(start, size, expert, outs):
-        out, kept = outs
-        chunk_gate_up = _matmul(_rows(rows, start, size), _pick(gate_up, expert))
-        chunk_out = _matmul(_swiglu(chunk_gate_up).astype(rows.dtype), _pick(down, expert))
-        return _write(out, chunk_out, start), _write(kept, chunk_gate_up, start)
+        out, *kept = outs
+        chunk_gate_up = _matmul(_tokens(x, plan, start, size), _pick(gate_up, expert))
+        weighted = _swiglu(chunk_gate_up) * _rows(weight_M, start, size)[:, None]
+        chunk_out = _matmul(weighted.astype(x.dtype), _pick(down, expert))
+        return _write(out, chunk_out, start), *[_write(buffer, chunk_gate_up, start) for buffer in kept]
 
-    zeros = (jnp.zeros_like(rows), jnp.zeros((rows.shape[0], gate_up.shape[2]), rows.dtype))
-    out, kept = _for_each_chunk(block_expert, _block_size(rows, block_expert), feed_forward, zeros)
-    return out, (rows, gate_up, down, block_expert, kept)
+    out = jnp.zeros((plan.token_of.shape[0], x.shape[1]), x.dtype)
+    block_size = _block_size(plan.token_of, plan.block_expert)
+    out, *kept = _for_each_chunk(plan.block_expert, block_size, feed_forward, (out, *kept))
+    return sum_pairs(out, plan), *kept
 
 
-def _fused_backward(residuals, d_out):
-    rows, gate_up, down, block_expert, kept = residuals
+def _routed_backward(residuals, d_out):
+    x, gate_up, down, weights, plan, kept = residuals
+    weight_M = _weight_of_row(weights, plan)
 
     def feed_forward(start, size, expert, gradients):
-        d_rows, d_gate_up, d_down = gradients
-        d_chunk = _rows(d_out, start, size)
+        d_rows, d_weight_M, d_gate_up, d_down = gradients
+        d_chunk = _tokens(d_out, plan, start, size)
+        weight = _rows(weight_M, start, size)[:, None]
         product, d_product = jax.vjp(_swiglu, _rows(kept, start, size).astype(jnp.float32))
-        d_hidden = _matmul_transposed(d_chunk, _pick(down, expert))
-        d_chunk_gate_up = d_product(d_hidden)[0].astype(rows.dtype)
+        d_weighted = _matmul_transposed(d_chunk, _pick(down, expert))
+        d_weight_M = _write(d_weight_M, (d_weighted * product).sum(axis=1), start)
+        d_chunk_gate_up = d_product(d_weighted * weight)[0].astype(x.dtype)
         d_rows = _write(d_rows, _matmul_transposed(d_chunk_gate_up, _pick(gate_up, expert)), start)
-        d_down = _add_outer(d_down, expert, product.astype(rows.dtype), d_chunk)
-        return d_rows, _add_outer(d_gate_up, expert, _rows(rows, start, size), d_chunk_gate_up), d_down
+        d_down = _add_outer(d_down, expert, (product * weight).astype(x.dtype), d_chunk)
+        d_gate_up = _add_outer(d_gate_up, expert, _tokens(x, plan, start, size), d_chunk_gate_up)
+        return d_rows, d_weight_M, d_gate_up, d_down
 
-    zeros = (jnp.zeros_like(rows), jnp.zeros(gate_up.shape, jnp.float32), jnp.zeros(down.shape, jnp.float32))
-    d_rows, d_gate_up, d_down = _for_each_chunk(block_expert, _block_size(rows, block_expert), feed_forward, zeros)
-    return d_rows, d_gate_up.astype(gate_up.dtype), d_down.astype(down.dtype), _no_gradient(block_expert)
+    M = plan.token_of.shape[0]
+    zeros = (
+        jnp.zeros((M, x.shape[1]), x.dtype),
+        jnp.zeros(M, jnp.float32),
+        jnp.zeros(gate_up.shape, jnp.float32),
+        jnp.zeros(down.shape, jnp.float32),
+    )
+    block_size = _block_size(plan.token_of, plan.block_expert)
+    d_rows, d_weight_M, d_gate_up, d_down = _for_each_chunk(plan.block_expert, block_size, feed_forward, zeros)
+    d_weights = d_weight_M[plan.slot_of].astype(weights.dtype)
+    d_x, d_plan = sum_pairs(d_rows, plan), jax.tree.map(_no_gradient, plan)
+    return d_x, d_gate_up.astype(gate_up.dtype), d_down.astype(down.dtype), d_weights, d_plan
 
 
-_fused.defvjp(_fused_forward, _fused_backward)
+_routed.defvjp(_routed_forward, _routed_backward)
 
 
 def _for_each_chunk(
@@ -180,6 +205,16 @@ def _for_each_chunk(
         carry = lax.fori_loop(0, starts_chunk.sum(dtype=jnp.int32), visit, carry)
         size //= 2
     return carry
+
+
+def _weight_of_row(weights: Float[Array, "N K"], plan: BlockPlan) -> Float[Array, "M"]:
+    """The weight of each row's pair, zero where the row is padding."""
+    return weights.astype(jnp.float32).reshape(-1).at[plan.pair_of].get(mode="fill", fill_value=0)
+
+
+def _tokens(x: Float[Array, "N D"], plan: BlockPlan, start: Array, size: int) -> Float[Array, "m D"]:
+    """The tokens of a chunk of rows; any token where the row is padding, as its weight is zero."""
+    return x.at[_rows(plan.token_of, start, size)].get(mode="clip")
 
 
 def _block_size(rows: Array, block_expert: Array) -> int:

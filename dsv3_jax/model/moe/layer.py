@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config.model import MoEConfig
 from dsv3_jax.model.mlp import MLP, mlp
-from dsv3_jax.model.moe.dispatch import block_size_for, combine_rows, gather_rows, plan_blocks
-from dsv3_jax.model.moe.experts import expert_ffn_fused
+from dsv3_jax.model.moe.dispatch import block_size_for, plan_blocks
+from dsv3_jax.model.moe.experts import routed_ffn
 from dsv3_jax.model.moe.router import Router, expert_load, route, router_logits, routing, sequence_balance_loss
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Bool, Float, Int, Params
@@ -38,8 +40,8 @@ def local_experts(
     """Σ_k weight·FFN_expert(x), dropless, on one device: sort by expert, multiply block by block, sum back."""
     num_experts = params["down"].shape[0]
     plan = plan_blocks(ids, num_experts, block_size=block_size_for(ids.size, num_experts))
-    rows_MD = expert_ffn_fused(gather_rows(x.astype(policy.compute_dtype), plan), params, plan.block_expert)
-    return combine_rows(rows_MD, weights, plan)
+    plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "kept"), plan)
+    return routed_ffn(x.astype(policy.compute_dtype), params, weights, plan)
 
 
 def moe(
