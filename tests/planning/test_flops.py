@@ -1,0 +1,23 @@
+import dataclasses
+
+import pytest
+
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.planning.flops import forward_flops_by_part, train_flops_per_token
+from dsv3_jax.planning.params import report
+
+
+def test_without_context_it_is_twice_the_activated_matrices():
+    """At a context of one token a forward pass costs two operations a weight that works on it."""
+    cfg = dataclasses.replace(ModelConfig(), mtp_depth=0)
+    parts = forward_flops_by_part(cfg, seq_len=1)
+    matrices = sum(parts.values()) - parts["attention"]
+    assert matrices / 2 == pytest.approx(report(cfg).activated_without_embedding, rel=1e-3)
+
+
+def test_attention_grows_with_context_and_mtp_adds_a_layer_and_a_head():
+    cfg = ModelConfig()
+    short, long = forward_flops_by_part(cfg, 4096), forward_flops_by_part(cfg, 8192)
+    assert long["attention"] == pytest.approx(2 * short["attention"], rel=1e-3)
+    assert short["mtp"] > short["head"] + short["experts"] / cfg.num_moe_layers
+    assert train_flops_per_token(cfg, 4096) == 3 * sum(short.values())

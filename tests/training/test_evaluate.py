@@ -1,0 +1,30 @@
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import dsv3_jax as ds
+from dsv3_jax.data.pack import as_batch
+from dsv3_jax.training.evaluate import evaluate, make_evaluator
+from dsv3_jax.training.state import init_state
+
+
+def test_bits_per_byte_counts_scored_tokens_only(small):
+    state = init_state(small)
+    T = small.train.seq_len
+    tokens = np.random.default_rng(0).integers(0, small.model.vocab_size, (2, T + 1))
+    segments = np.ones((2, T + 1), np.int32)
+    segments[1, 5:] = 0
+    batch = as_batch(tokens, segments)
+    batch["loss_mask"][0, :3] = 0
+    batches = [{**batch, "num_bytes": np.array([7, 6])}]
+    result = evaluate(make_evaluator(small), state.variables, batches)
+
+    logits = ds.forward(small.model, state.variables, batch["tokens"], batch["positions"], batch["segment_ids"]).logits
+    log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][:, :, None], -1)[:, :, 0]
+    nll = -(log_p * batch["loss_mask"]).sum()
+    assert result.num_tokens == (T - 3) + 4
+    assert result.num_bytes == 13
+    assert result.loss == pytest.approx(nll / result.num_tokens, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nll / math.log(2) / 13, rel=1e-5)
