@@ -34,10 +34,9 @@ def queries(
     if cfg.mla.q_latent_dim is None:
         q_BTX = policy.linear(x, params["q"].reshape(cfg.model_dim, -1))
     else:
-        latent_BTQ = rms_norm(policy.linear(x, params["q_down"]), params["q_norm"], eps=cfg.latent_norm_eps)
-        latent_BTQ = checkpoint_name(latent_BTQ, "norm")
+        down_BTQ = checkpoint_name(policy.linear(x, params["q_down"]), "kept")
+        latent_BTQ = rms_norm(down_BTQ, params["q_norm"], eps=cfg.latent_norm_eps)
         q_BTX = policy.linear(latent_BTQ, params["q_up"].reshape(cfg.mla.q_latent_dim, -1))
-    q_BTX = checkpoint_name(q_BTX, "mla_up")
     q_BTHX = q_BTX.reshape(*x.shape[:2], cfg.mla.num_heads, cfg.mla.qk_head_dim)
     q_nope, q_rope = jnp.split(q_BTHX, [cfg.mla.nope_head_dim], axis=-1)
     return q_nope, apply_rope(q_rope, rope)
@@ -45,10 +44,9 @@ def queries(
 
 def latents(params: Params, x: Float[Array, "B T D"], rope: RopeTable, *, cfg: ModelConfig, policy: Policy) -> Latents:
     """c^KV and k^R (eq. 1 and 3)."""
-    down_BTX = policy.linear(x, params["kv_down"])
+    down_BTX = checkpoint_name(policy.linear(x, params["kv_down"]), "kept")
     kv, k_rope = jnp.split(down_BTX, [cfg.mla.kv_latent_dim], axis=-1)
-    kv = checkpoint_name(rms_norm(kv, params["kv_norm"], eps=cfg.latent_norm_eps), "norm")
-    return Latents(kv, apply_rope(k_rope, rope))
+    return Latents(rms_norm(kv, params["kv_norm"], eps=cfg.latent_norm_eps), apply_rope(k_rope, rope))
 
 
 def mla(
@@ -65,7 +63,6 @@ def mla(
     q_nope, q_rope = queries(params, x, rope, cfg=cfg, policy=policy)
     cached = latents(params, x, rope, cfg=cfg, policy=policy)
     kv_BTX = policy.linear(cached.kv, params["kv_up"].reshape(cfg.mla.kv_latent_dim, -1))
-    kv_BTX = checkpoint_name(kv_BTX, "mla_up")
     kv_BTHX = kv_BTX.reshape(*x.shape[:2], cfg.mla.num_heads, -1)
     k_nope, v = jnp.split(kv_BTHX, [cfg.mla.nope_head_dim], axis=-1)
     k_rope = jnp.broadcast_to(cached.k_rope[:, :, None, :], q_rope.shape)
@@ -76,7 +73,17 @@ def mla(
         segment_ids,
         scale=softmax_scale(cfg.mla, cfg.yarn),
     )
-    return _project_out(params, out_BTHW, policy=policy), cached
+    return _project_out(params, checkpoint_name(out_BTHW, "kept"), policy=policy), cached
+
+
+def absorb(params: Params, *, cfg: ModelConfig) -> dict[str, Array]:
+    """Splits W^UK from W^UV and turns both as decoding multiplies them: `k_up` [H, I, C], `v_up` [H, C, W].
+
+    Done once for many steps, on one layer or on a stack: turning them costs as much as the attention of a step.
+    """
+    k_up, v_up = jnp.split(params["kv_up"], [cfg.mla.nope_head_dim], axis=-1)
+    rest = {name: leaf for name, leaf in params.items() if name != "kv_up"}
+    return rest | {"k_up": jnp.moveaxis(k_up, -3, -1), "v_up": jnp.moveaxis(v_up, -2, -3)}
 
 
 def mla_absorbed(
@@ -91,14 +98,13 @@ def mla_absorbed(
 ) -> Float[Array, "B T D"]:
     """Absorbed form: W^UK moves into the query, W^UV behind attention, so heads read the latents themselves.
 
-    `cache` already holds the new tokens' rows; `visible` marks the rows that each query may read.
+    `params` come from `absorb`. `cache` already holds the new tokens' rows; `visible` marks the rows that each query
+    may read.
     """
     q_nope, q_rope = queries(params, x, rope, cfg=cfg, policy=policy)
-    kv_up_CHX = params["kv_up"].astype(policy.compute_dtype)
-    k_up_CHI, v_up_CHW = jnp.split(kv_up_CHX, [cfg.mla.nope_head_dim], axis=-1)
-    q_latent = jnp.einsum("bthi,chi->bthc", q_nope, k_up_CHI)
+    q_latent = jnp.einsum("bthi,hic->bthc", q_nope, params["k_up"].astype(policy.compute_dtype))
     out_BTHC = attend_latent(q_latent, q_rope, cache, visible, scale=softmax_scale(cfg.mla, cfg.yarn))
-    out_BTHW = jnp.einsum("bthc,chw->bthw", out_BTHC, v_up_CHW)
+    out_BTHW = jnp.einsum("bthc,hcw->bthw", out_BTHC, params["v_up"].astype(policy.compute_dtype))
     return _project_out(params, out_BTHW, policy=policy)
 
 

@@ -12,7 +12,7 @@ from dsv3_jax.config.check import check
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.precision.policy import Policy, policy_of
 from dsv3_jax.serving.sampler import greedy, sample
-from dsv3_jax.serving.steps import LatentCache, decode, prefill
+from dsv3_jax.serving.steps import LatentCache, decode, decoding_weights, prefill
 from dsv3_jax.typing import AnyArray, Array, Float, Int, Variables
 
 
@@ -51,7 +51,11 @@ def generate(
             sampling parameter out of range.
     """
     prompts = _checked_prompts(cfg, prompt_ids, max_new_tokens)
-    check(temperature >= 0, f"temperature={temperature} is negative; use 0 for greedy, or more (generate).")
+    check(temperature >= 0, f"temperature={temperature} must be at least 0; use 0 for greedy (generate).")
+    check(
+        eos_id is None or 0 <= eos_id < cfg.vocab_size,
+        f"eos_id={eos_id} is outside 0..{cfg.vocab_size - 1}; use None to generate on (generate).",
+    )
     check(0 < top_p <= 1, f"top_p={top_p} must lie in (0, 1]; 1 keeps every token (generate).")
     check(top_k >= 0, f"top_k={top_k} is negative; use 0 to keep every token (generate).")
     policy = policy or policy_of(variables["params"]["embed"]["w"].dtype)
@@ -84,21 +88,27 @@ def bucket(size: int) -> int:
 
 
 def _checked_prompts(cfg: ModelConfig, prompt_ids, max_new_tokens: int) -> list[np.ndarray]:
-    prompts = [np.asarray(prompt, np.int32) for prompt in prompt_ids]
+    prompts = [np.asarray(prompt) for prompt in prompt_ids]
     check(len(prompts) > 0, "prompt_ids is empty; give at least one prompt (generate).")
     check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1 (generate).")
     for row, prompt in enumerate(prompts):
         check(prompt.ndim == 1 and prompt.size > 0, f"prompt {row} is empty; give at least one token, such as bos.")
         check(
-            bool(((prompt >= 0) & (prompt < cfg.vocab_size)).all()),
-            f"prompt {row} holds an id outside 0..{cfg.vocab_size - 1}; is it from another tokenizer?",
+            np.issubdtype(prompt.dtype, np.integer),
+            f"prompt {row} holds {prompt.dtype}, not integers; give token ids.",
+        )
+        foreign = prompt[(prompt < 0) | (prompt >= cfg.vocab_size)]
+        check(
+            foreign.size == 0,
+            f"prompt {row} holds the id {foreign[:1].sum()}, outside 0..{cfg.vocab_size - 1}; "
+            "is it from another tokenizer?",
         )
         check(
             prompt.size + max_new_tokens <= cfg.max_position,
             f"prompt {row} has {prompt.size} tokens, and with max_new_tokens={max_new_tokens} exceeds "
             f"max_position={cfg.max_position}; shorten either.",
         )
-    return prompts
+    return [prompt.astype(np.int32) for prompt in prompts]
 
 
 @partial(jax.jit, static_argnames=("cfg", "cache_size", "policy"))
@@ -131,11 +141,12 @@ def _complete(
 
     def one_more(state):
         step, cache, token, is_done, out = state
-        cache, logits = decode(cfg, variables, token, cache, policy=policy)
+        cache, logits = decode(cfg, weights, token, cache, policy=policy)
         token = jnp.where(is_done, eos_id, choose(logits, step))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
         return step + 1, cache, token, is_done | (token == eos_id), out
 
+    weights = decoding_weights(cfg, variables)
     first = choose(logits, 0)
     out = jnp.broadcast_to(eos_id, cache.rows.shape[1:3]).at[:, 0].set(first)
     return jax.lax.while_loop(more, one_more, (jnp.int32(1), cache, first, first == eos_id, out))[4]

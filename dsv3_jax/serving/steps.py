@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.block import Parts, dense_block, moe_block
 from dsv3_jax.model.embedding import embed, unembed
-from dsv3_jax.model.mla import Latents, latents, mla_absorbed
+from dsv3_jax.model.mla import Latents, absorb, latents, mla_absorbed
 from dsv3_jax.model.moe.few_tokens import stacked_experts
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.rope import rope_table
@@ -61,6 +61,15 @@ def prefill(
     return LatentCache(rows, padding, jnp.int32(T)), logits
 
 
+def decoding_weights(cfg: ModelConfig, variables: Variables) -> dict:
+    """`variables` as `decode` reads them: every layer's MLA absorbed. Do it once, before the loop over steps."""
+    params = dict(variables["params"])
+    for stack in ("dense_layers", "moe_layers"):
+        if stack in params:
+            params[stack] = {**params[stack], "mla": absorb(params[stack]["mla"], cfg=cfg)}
+    return {**variables, "params": params}
+
+
 def decode(
     cfg: ModelConfig,
     variables: Variables,
@@ -71,7 +80,7 @@ def decode(
 ) -> tuple[LatentCache, Float[Array, "B V"]]:
     """Appends one token to each sequence and returns float32 logits for the next. Absorbed form of MLA.
 
-    The cache must have a free row (`length` < S).
+    `variables` come from `decoding_weights`. The cache must have a free row (`length` < S).
     """
     params, parts = variables["params"], Parts(policy)
     position = (cache.length - cache.padding)[:, None]

@@ -4,6 +4,7 @@ Tolerances for float32 with highest matmul precision: logits and layer outputs 1
 gradients 1e-4 of the largest entry; choices and generated ids exact.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.convert import to_official
 from dsv3_jax.interop.hf_names import entries, flatten
@@ -18,15 +20,14 @@ from dsv3_jax.interop.pretrained import load_pretrained
 from dsv3_jax.model.block import Parts, dense_block, moe_block
 from dsv3_jax.model.embedding import embed
 from dsv3_jax.model.mla import Latents, mla
-from dsv3_jax.model.mlp import mlp
-from dsv3_jax.model.moe.layer import moe
+from dsv3_jax.model.moe.layer import Routing
 from dsv3_jax.model.moe.router import router_logits
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.rope import inverse_frequencies, rope_table, softmax_scale
-from dsv3_jax.model.transformer import forward, hidden_states
+from dsv3_jax.model.transformer import Output, forward, hidden_states
 from dsv3_jax.precision.policy import FLOAT32
-from dsv3_jax.serving.generate import generate
-from dsv3_jax.serving.steps import decode, prefill
+from dsv3_jax.serving.generate import _prefill, bucket, generate
+from dsv3_jax.serving.steps import decode, decoding_weights
 from dsv3_jax.training.loss import next_token_loss
 
 ALL = ("tiny_a", "tiny_b", "tiny_c", "tiny_d")
@@ -56,6 +57,42 @@ def layer_of(case: Case, layer: int) -> tuple[dict, jax.Array | None]:
     return jax.tree.map(lambda leaf: leaf[index], params["moe_layers"]), bias
 
 
+class LayerParts(NamedTuple):
+    attn_out: jax.Array
+    mlp_out: jax.Array
+    out: jax.Array
+    latents: Latents
+    routing: Routing | None
+    router_logits: jax.Array | None
+
+
+@partial(jax.jit, static_argnums=0)
+def layer_parts(cfg: ModelConfig, params, bias, x, positions) -> LayerParts:
+    """One layer, dense where there is no router bias; compiled once for each kind."""
+    rope = rope_table(positions, rope_dim=cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
+    added = []
+
+    def mix(mla_params, normed) -> tuple[jax.Array, Latents]:
+        attn_out, latents = mla(mla_params, normed, rope, None, cfg=cfg, policy=FLOAT32)
+        added.append(attn_out)
+        return attn_out, latents
+
+    if bias is None:
+        out, latents = dense_block(params, x, mix, cfg=cfg, parts=Parts())
+        routing = logits = None
+    else:
+        out, latents, routing, _ = moe_block(params, bias, x, None, mix, cfg=cfg, parts=Parts())
+        normed = rms_norm(x + added[0], params["ffn_norm"]["scale"], eps=cfg.norm_eps)
+        logits = router_logits(params["moe"]["router"], normed)
+    return LayerParts(added[0], out - (x + added[0]), out, latents, routing, logits)
+
+
+@partial(jax.jit, static_argnums=0)
+def run_forward(cfg: ModelConfig, variables, tokens, positions, segment_ids) -> Output:
+    """`forward`, shared by the tests with and without padding."""
+    return forward(cfg, variables, tokens, positions, segment_ids)
+
+
 def close(actual, expected, tolerance: float) -> None:
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance)
 
@@ -69,53 +106,35 @@ def test_rope_frequencies_and_softmax_scale(case: Case) -> None:
 
 def test_every_part_of_every_layer(case: Case) -> None:
     cfg, expected = case.cfg, case.expected
-    tokens, positions = jnp.asarray(expected["input_ids"]), jnp.asarray(expected["position_ids"])
-    rope = rope_table(positions, rope_dim=cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
+    tokens, positions, N = jnp.asarray(expected["input_ids"]), expected["position_ids"], expected["input_ids"].size
     x = embed(case.variables["params"]["embed"], tokens, policy=FLOAT32)
     close(x, expected["embed_out"], 1e-6)
-    kept = {}
-
-    def mix(params, normed) -> tuple[jax.Array, Latents]:
-        added, latents = mla(params, normed, rope, None, cfg=cfg, policy=FLOAT32)
-        kept["attn_out"] = added
-        return added, latents
-
     for layer in range(cfg.num_layers):
         params, bias = layer_of(case, layer)
-        if layer < cfg.num_dense_layers:
-            next_x, latents = dense_block(params, x, mix, cfg=cfg, parts=Parts())
-        else:
-            next_x, latents, _, _ = moe_block(params, bias, x, None, mix, cfg=cfg, parts=Parts())
-        close(kept["attn_out"], expected[f"layer{layer}_attn_out"], 1e-4)
-        normed = rms_norm(x + kept["attn_out"], params["ffn_norm"]["scale"], eps=cfg.norm_eps)
-        if layer < cfg.num_dense_layers:
-            mlp_out = mlp(params["mlp"], normed, policy=FLOAT32)
-        else:
-            mlp_out, routing, _ = moe(params["moe"], bias, normed, None, cfg=cfg.moe, policy=FLOAT32)
-            logits = router_logits(params["moe"]["router"], normed)
-            N = tokens.size
-            close(logits.reshape(N, -1), expected[f"router{layer}_logits"].reshape(N, -1), 1e-4)
-            dense = np.zeros((N, cfg.moe.num_experts), np.float32)
-            np.put_along_axis(dense, np.asarray(routing.ids), np.asarray(routing.weights), axis=-1)
-            close(dense, expected[f"router{layer}_dense"].reshape(N, -1), 1e-5)
-            ids = np.sort(np.asarray(routing.ids), axis=-1)
-            np.testing.assert_array_equal(ids, expected[f"router{layer}_indices"].reshape(N, -1))
-            assert int(routing.load.sum()) == N * cfg.moe.top_k
-        close(mlp_out, expected[f"layer{layer}_mlp_out"], 1e-4)
-        x = next_x
-        close(x, expected[f"layer{layer}_out"], 1e-4)
-        close(latents.kv, expected[f"cache{layer}_ckv"], 1e-4)
-        close(latents.k_rope, expected[f"cache{layer}_kpe"], 1e-4)
-    close(
-        rms_norm(x, case.variables["params"]["final_norm"]["scale"], eps=cfg.norm_eps), expected["final_norm_out"], 1e-4
-    )
+        parts = layer_parts(cfg, params, bias, x, positions)
+        close(parts.attn_out, expected[f"layer{layer}_attn_out"], 1e-4)
+        close(parts.mlp_out, expected[f"layer{layer}_mlp_out"], 1e-4)
+        close(parts.out, expected[f"layer{layer}_out"], 1e-4)
+        close(parts.latents.kv, expected[f"cache{layer}_ckv"], 1e-4)
+        close(parts.latents.k_rope, expected[f"cache{layer}_kpe"], 1e-4)
+        x = parts.out
+        if parts.routing is None or parts.router_logits is None:
+            continue
+        close(parts.router_logits.reshape(N, -1), expected[f"router{layer}_logits"].reshape(N, -1), 1e-4)
+        dense = np.zeros((N, cfg.moe.num_experts), np.float32)
+        np.put_along_axis(dense, np.asarray(parts.routing.ids), np.asarray(parts.routing.weights), axis=-1)
+        close(dense, expected[f"router{layer}_dense"].reshape(N, -1), 1e-5)
+        ids = np.sort(np.asarray(parts.routing.ids), axis=-1)
+        np.testing.assert_array_equal(ids, expected[f"router{layer}_indices"].reshape(N, -1))
+        assert int(parts.routing.load.sum()) == N * cfg.moe.top_k
+    scale = case.variables["params"]["final_norm"]["scale"]
+    close(rms_norm(x, scale, eps=cfg.norm_eps), expected["final_norm_out"], 1e-4)
 
 
 def test_forward_gives_logits_and_one_router_row_a_layer(case: Case) -> None:
     cfg, expected = case.cfg, case.expected
-    out = jax.jit(lambda v, t, p: forward(cfg, v, t, p))(
-        case.variables, expected["input_ids"], expected["position_ids"]
-    )
+    one_document = np.ones_like(expected["leftpad_attention_mask"])
+    out = run_forward(cfg, case.variables, expected["input_ids"], expected["position_ids"], one_document)
     close(out.logits, expected["logits"], 1e-4)
     close(out.logits, expected["logits_f64"], 1e-4)
     for row, layer in enumerate(range(cfg.num_dense_layers, cfg.num_layers)):
@@ -131,20 +150,23 @@ def test_forward_gives_logits_and_one_router_row_a_layer(case: Case) -> None:
 def test_left_padding_changes_nothing_for_real_tokens(case: Case) -> None:
     expected = case.expected
     mask = expected["leftpad_attention_mask"]
-    out = forward(
-        case.cfg, case.variables, expected["input_ids"], expected["leftpad_position_ids"], segment_ids=jnp.asarray(mask)
-    )
+    out = run_forward(case.cfg, case.variables, expected["input_ids"], expected["leftpad_position_ids"], mask)
     seen = mask.astype(bool)
     close(np.asarray(out.logits)[seen], expected["leftpad_logits"][seen], 1e-4)
     assert int(out.router.load[0].sum()) == int(mask.sum()) * case.cfg.moe.top_k
 
 
-def mean_loss(cfg: ModelConfig, params, router_state, tokens, labels) -> jax.Array:
-    """Mean over labels ≥ 0 of the next token's negative log-likelihood."""
-    states = hidden_states(cfg, {"params": params, "router_state": router_state}, tokens, with_mtp=False)
-    weights = jnp.asarray(labels >= 0, jnp.float32)
-    total = next_token_loss(states.hidden, params["unembed"]["w"], jnp.asarray(labels), weights, chunk_size=16)
-    return total / weights.sum()
+@partial(jax.jit, static_argnums=0)
+def loss_and_gradients(cfg: ModelConfig, variables, tokens, labels):
+    """Mean over labels ≥ 0 of the next token's negative log-likelihood, without segment ids."""
+
+    def mean_loss(params) -> jax.Array:
+        states = hidden_states(cfg, {**variables, "params": params}, tokens, with_mtp=False)
+        weights = (labels >= 0).astype(jnp.float32)
+        total = next_token_loss(states.hidden, params["unembed"]["w"], labels, weights, chunk_size=16)
+        return total / weights.sum()
+
+    return jax.value_and_grad(mean_loss)(variables["params"])
 
 
 def shifted(labels: np.ndarray) -> np.ndarray:
@@ -154,10 +176,7 @@ def shifted(labels: np.ndarray) -> np.ndarray:
 
 def test_loss_and_gradients(case: Case) -> None:
     cfg, expected = case.cfg, case.expected
-    labels = shifted(expected["input_ids"])
-    loss, grads = jax.jit(
-        jax.value_and_grad(lambda p: mean_loss(cfg, p, case.variables["router_state"], expected["input_ids"], labels))
-    )(case.variables["params"])
+    loss, grads = loss_and_gradients(cfg, case.variables, expected["input_ids"], shifted(expected["input_ids"]))
     close(loss, expected["loss"], 1e-5)
     flat = flatten({"params": grads})
     norms = dict(zip(expected["grad_norm_names"].tolist(), expected["grad_norms"], strict=True))
@@ -176,9 +195,7 @@ def test_loss_and_gradients(case: Case) -> None:
 
 def test_masked_loss(case: Case) -> None:
     labels = shifted(case.expected["labels_masked"])
-    loss = mean_loss(
-        case.cfg, case.variables["params"], case.variables["router_state"], case.expected["input_ids"], labels
-    )
+    loss, _ = loss_and_gradients(case.cfg, case.variables, case.expected["input_ids"], labels)
     close(loss, case.expected["loss_masked"], 1e-5)
 
 
@@ -187,23 +204,29 @@ def test_greedy_generation_is_exact(case: Case) -> None:
     np.testing.assert_array_equal(generate(case.cfg, case.variables, prompt, max_new_tokens=16), expected)
 
 
+@partial(jax.jit, static_argnames=("cfg", "policy"))
+def step(cfg, variables, tokens, cache, *, policy):
+    return decode(cfg, decoding_weights(cfg, variables), tokens, cache, policy=policy)
+
+
 def test_logits_of_every_generation_step(case: Case) -> None:
+    """Through the shapes, and so the compiled prefill, of `generate`: prompts are padded on the left to a bucket."""
     cfg, prompt, steps = case.cfg, case.expected["prompt_ids"], case.expected["generated_step_logits"]
-    B, T = prompt.shape
-    cache, logits = prefill(
-        cfg, case.variables, jnp.asarray(prompt), jnp.zeros(B, jnp.int32), cache_size=T + 16, policy=FLOAT32
-    )
-    step = jax.jit(lambda v, t, c: decode(cfg, v, t, c, policy=FLOAT32))
+    size = bucket(prompt.shape[1])
+    padding = np.full(len(prompt), size - prompt.shape[1], np.int32)
+    tokens = np.pad(prompt, ((0, 0), (size - prompt.shape[1], 0))).astype(np.int32)
+    cache, logits = _prefill(cfg, case.variables, tokens, padding, cache_size=bucket(size + 16), policy=FLOAT32)
     for i in range(16):
         close(logits, steps[:, i], 1e-4)
-        cache, logits = step(case.variables, case.expected["generated_ids"][:, i], cache)
+        cache, logits = step(cfg, case.variables, case.expected["generated_ids"][:, i], cache, policy=FLOAT32)
 
 
-def test_mtp_logits_of_the_official_order(golden: Path) -> None:
-    folder = golden / "hf" / "tiny_c"
-    cfg, variables = load_pretrained(folder)
-    expected = np.load(folder / "expected.npz")
-    out = forward(cfg, variables, expected["input_ids"])
+def test_mtp_logits_of_the_official_order(case: Case) -> None:
+    if case.cfg.mtp_depth == 0:
+        pytest.skip("no MTP module in this checkpoint")
+    expected = case.expected
+    one_document = np.ones_like(expected["leftpad_attention_mask"])
+    out = run_forward(case.cfg, case.variables, expected["input_ids"], expected["position_ids"], one_document)
     close(out.mtp_logits[0], expected["mtp_logits"], 1e-4)
     close(out.mtp_logits[0], expected["mtp_logits_f64"], 1e-4)
     log_probabilities = jax.nn.log_softmax(out.mtp_logits[0][:, :-1])

@@ -1,0 +1,175 @@
+"""Completion equals the plain uncached forward pass, token for token, and compiles once a bucket."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config.check import ConfigError
+from dsv3_jax.precision.policy import BFLOAT16
+from dsv3_jax.serving import generate as module
+from dsv3_jax.serving.generate import bucket, generate
+
+
+def prompts_of(cfg, lengths, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, cfg.vocab_size, length).tolist() for length in lengths]
+
+
+def clear(logits: np.ndarray) -> bool:
+    """No token was chosen by a hair: then rounding cannot explain a difference."""
+    best = np.sort(logits, axis=-1)
+    return bool((best[..., -1] - best[..., -2] > 1e-3).all())
+
+
+@pytest.mark.parametrize("lengths", [(1, 9, 16), (17, 3, 20)], ids=str)
+def test_ragged_prompts_equal_the_uncached_forward(model, slowly, lengths) -> None:
+    """Prompts at and past the edge of a bucket, completions across the next."""
+    cfg, variables = model
+    prompts = prompts_of(cfg, lengths)
+    expected, logits = slowly(cfg, variables, prompts, 12)
+    assert clear(logits), "choose another seed"
+    np.testing.assert_array_equal(generate(cfg, variables, prompts, 12), expected)
+
+
+def test_every_prompt_length_around_a_bucket_edge(base, slowly) -> None:
+    cfg, variables = base
+    for length in (15, 16, 17, 20, 21):
+        prompts = prompts_of(cfg, (length, 1, 2), length)
+        expected, _ = slowly(cfg, variables, prompts, 5)
+        np.testing.assert_array_equal(generate(cfg, variables, prompts, 5), expected)
+
+
+def test_rows_do_not_depend_on_their_neighbours(base) -> None:
+    cfg, variables = base
+    prompts = prompts_of(cfg, (5, 11, 2))
+    together = generate(cfg, variables, prompts, 8)
+    for row, prompt in enumerate(prompts):
+        alone = generate(cfg, variables, [prompt, prompts[0], prompts[0]], 8)
+        np.testing.assert_array_equal(alone[0], together[row])
+
+
+def test_one_token_and_array_prompts(base, slowly) -> None:
+    cfg, variables = base
+    prompts = prompts_of(cfg, (7, 7, 7), 3)
+    expected, _ = slowly(cfg, variables, prompts, 1)
+    for given in (prompts, np.array(prompts), jnp.asarray(prompts), tuple(map(tuple, prompts))):
+        out = generate(cfg, variables, given, 1)
+        np.testing.assert_array_equal(out, expected)
+        assert out.dtype == np.int32
+        assert isinstance(out, np.ndarray)
+
+
+def test_a_longer_completion_continues_a_shorter_one(base) -> None:
+    cfg, variables = base
+    prompts = prompts_of(cfg, (4, 6, 5), 4)
+    long = generate(cfg, variables, prompts, 13)
+    for count in (1, 2, 12):
+        np.testing.assert_array_equal(generate(cfg, variables, prompts, count), long[:, :count])
+    sampled = generate(cfg, variables, prompts, 13, temperature=1.0, seed=5)
+    np.testing.assert_array_equal(generate(cfg, variables, prompts, 4, temperature=1.0, seed=5), sampled[:, :4])
+
+
+def test_seeds_are_reproducible_and_differ(base) -> None:
+    cfg, variables = base
+    prompts = prompts_of(cfg, (4, 6, 5), 5)
+    drawn = [generate(cfg, variables, prompts, 12, temperature=1.5, seed=seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any()
+    assert len({tuple(row) for row in generate(cfg, variables, [prompts[0]] * 3, 12, temperature=1.5)}) == 3
+
+
+def test_sampling_that_leaves_one_token_is_greedy(base) -> None:
+    cfg, variables = base
+    prompts = prompts_of(cfg, (4, 6, 5), 6)
+    expected = generate(cfg, variables, prompts, 9)
+    for how in ({"top_k": 1}, {"top_p": 1e-6}):
+        np.testing.assert_array_equal(generate(cfg, variables, prompts, 9, temperature=2.0, **how), expected)
+    np.testing.assert_array_equal(generate(cfg, variables, prompts, 9, temperature=1e-7), expected)
+
+
+def test_a_finished_sequence_is_filled_with_eos(base) -> None:
+    cfg, variables = base
+    prompts = prompts_of(cfg, (4, 6, 5), 7)
+    free = generate(cfg, variables, prompts, 12)
+    eos = int(free[1, 3])
+    out = generate(cfg, variables, prompts, 12, eos_id=eos)
+    for row in range(3):
+        hits = np.flatnonzero(free[row] == eos)
+        end = hits[0] if len(hits) else 12
+        np.testing.assert_array_equal(out[row, :end], free[row, :end])
+        np.testing.assert_array_equal(out[row, end:], eos)
+    first = int(free[0, 0])
+    np.testing.assert_array_equal(generate(cfg, variables, [prompts[0]] * 3, 12, eos_id=first), first)
+
+
+def test_length_and_count_share_one_compilation_a_bucket(base) -> None:
+    cfg, variables = base
+    generate(cfg, variables, prompts_of(cfg, (13, 2, 3)), 3)
+    before = module._complete._cache_size(), module._prefill._cache_size()
+    for lengths, count in (((16, 1, 1), 2), ((1, 1, 1), 4), ((9, 16, 3), 1)):
+        generate(cfg, variables, prompts_of(cfg, lengths), count)
+    generate(cfg, variables, prompts_of(cfg, (5, 5, 5)), 3, eos_id=1)
+    assert (module._complete._cache_size(), module._prefill._cache_size()) == before
+    generate(cfg, variables, prompts_of(cfg, (5, 5, 5)), 3, temperature=1.0, top_k=5)
+    sampling = module._complete._cache_size()
+    generate(cfg, variables, prompts_of(cfg, (6, 5, 5)), 2, temperature=0.3, top_k=9, top_p=0.5, seed=9)
+    assert module._complete._cache_size() == sampling
+
+
+def test_buckets_waste_at_most_a_quarter() -> None:
+    sizes = [bucket(size) for size in range(1, 2000)]
+    assert sizes == sorted(sizes)
+    for size, padded in enumerate(sizes, start=1):
+        assert padded >= size
+        assert padded == 16 or padded < 1.25 * size
+    assert [bucket(size) for size in (1, 16, 17, 20, 21, 33, 64, 65)] == [16, 16, 20, 20, 24, 40, 64, 80]
+
+
+def test_the_last_position_can_be_reached(base, slowly) -> None:
+    cfg, variables = base
+    prompts = prompts_of(cfg, (47, 40, 1), 8)
+    expected, _ = slowly(cfg, variables, prompts, 1)
+    np.testing.assert_array_equal(generate(cfg, variables, prompts, 1), expected)
+    with pytest.raises(ConfigError, match="prompt 0 has 60 tokens, and with max_new_tokens=5 exceeds max_position=64"):
+        generate(cfg, variables, prompts_of(cfg, (60,)), 5)
+
+
+BAD = {
+    "no prompt": ([], {}, "prompt_ids is empty; give at least one prompt"),
+    "empty prompt": ([[3], []], {}, "prompt 1 is empty; give at least one token"),
+    "id too large": ([[3, 67]], {}, "prompt 0 holds the id 67, outside 0..66; is it from another tokenizer"),
+    "id far too large": ([[3], [2**40]], {}, "prompt 1 holds the id 1099511627776, outside 0..66"),
+    "negative id": ([[-1, 3]], {}, "prompt 0 holds the id -1, outside 0..66"),
+    "no tokens": ([[3]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+    "too long": ([[3]], {"max_new_tokens": 64}, "exceeds max_position=64; shorten either"),
+    "negative temperature": ([[3]], {"temperature": -0.5}, "temperature=-0.5 must be at least 0; use 0 for greedy"),
+    "no temperature": ([[3]], {"temperature": float("nan")}, "temperature=nan must be at least 0"),
+    "top_p of zero": ([[3]], {"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+    "top_p above one": ([[3]], {"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
+    "negative top_k": ([[3]], {"top_k": -2}, "top_k=-2 is negative; use 0 to keep every token"),
+    "foreign eos": ([[3]], {"eos_id": 67}, "eos_id=67 is outside 0..66"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_with_its_value_and_the_remedy(base, name: str) -> None:
+    cfg, variables = base
+    prompts, how, message = BAD[name]
+    with pytest.raises(ConfigError, match=message):
+        generate(cfg, variables, prompts, **how)
+
+
+def test_prompts_that_are_not_integers_are_refused(base) -> None:
+    with pytest.raises(ConfigError, match="prompt 1 holds float64, not integers; give token ids"):
+        module._checked_prompts(base[0], [[3], [1.5, 2.0]], 1)
+
+
+def test_bfloat16_completes(base, variables_of) -> None:
+    cfg, _ = base
+    variables = variables_of(cfg, 0, jnp.bfloat16)
+    out = generate(cfg, variables, prompts_of(cfg, (4, 6, 5)), 6)
+    assert out.shape == (3, 6)
+    assert ((out >= 0) & (out < cfg.vocab_size)).all()
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
+    np.testing.assert_array_equal(generate(cfg, wide, prompts_of(cfg, (4, 6, 5)), 6, policy=BFLOAT16), out)

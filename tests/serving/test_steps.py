@@ -1,0 +1,96 @@
+"""Prefill and decoding over the latent cache: what each row holds, and that nothing unused is ever read."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.model.transformer import forward
+from dsv3_jax.precision.policy import BFLOAT16, FLOAT32
+from dsv3_jax.serving.steps import decode, decoding_weights, prefill
+
+S, T = 14, 8
+PADDING = np.array([0, 3, 7], np.int32)
+
+prefill_jit = jax.jit(prefill, static_argnames=("cfg", "cache_size", "policy"))
+
+
+@partial(jax.jit, static_argnames=("cfg", "policy"))
+def decode_jit(cfg, variables, tokens, cache, *, policy):
+    return decode(cfg, decoding_weights(cfg, variables), tokens, cache, policy=policy)
+
+
+def tokens_of(cfg, count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, cfg.vocab_size, (len(PADDING), count)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def started(model):
+    cfg, variables = model
+    tokens = tokens_of(cfg, T + 5)
+    cache, logits = prefill_jit(cfg, variables, tokens[:, :T], PADDING, cache_size=S, policy=FLOAT32)
+    return cfg, variables, tokens, cache, logits
+
+
+def test_prefill_keeps_one_row_a_token(started) -> None:
+    cfg, _, _, cache, _ = started
+    assert cache.rows.shape == (cfg.num_layers, 3, S, cfg.mla.kv_latent_dim + cfg.mla.rope_head_dim)
+    assert int(cache.length) == T
+    np.testing.assert_array_equal(cache.padding, PADDING)
+    assert np.isfinite(cache.rows).all()
+    np.testing.assert_array_equal(cache.rows[:, :, T:], 0)
+
+
+def test_every_step_equals_the_uncached_forward(started) -> None:
+    """With NaN in every row of the cache that no sequence may read: left padding and rows not yet written."""
+    cfg, variables, tokens, cache, logits = started
+    expected = {}
+    whole = jax.jit(partial(forward, cfg))
+    for b, pad in enumerate(PADDING):
+        row = np.pad(tokens[b, pad:], (0, pad))[None]
+        expected[b] = np.asarray(whole(variables, row).logits)[0]
+        np.testing.assert_allclose(logits[b], expected[b][T - 1 - pad], atol=1e-4)
+    unused = np.arange(S)[None, :] < PADDING[:, None]
+    unused |= np.arange(S)[None, :] >= T
+    cache = cache._replace(rows=jnp.where(unused[None, :, :, None], jnp.nan, cache.rows))
+    for step in range(5):
+        cache, logits = decode_jit(cfg, variables, tokens[:, T + step], cache, policy=FLOAT32)
+        assert int(cache.length) == T + step + 1
+        for b, pad in enumerate(PADDING):
+            np.testing.assert_allclose(logits[b], expected[b][T + step - pad], atol=1e-4)
+
+
+def test_decoded_rows_equal_prefilled_rows(started) -> None:
+    cfg, variables, tokens, cache, _ = started
+    for step in range(5):
+        cache, logits = decode_jit(cfg, variables, tokens[:, T + step], cache, policy=FLOAT32)
+    at_once, last = prefill_jit(cfg, variables, tokens, PADDING, cache_size=S, policy=FLOAT32)
+    real = np.arange(S)[None, :] >= PADDING[:, None]
+    np.testing.assert_allclose(np.asarray(cache.rows)[:, real], np.asarray(at_once.rows)[:, real], atol=1e-4)
+    np.testing.assert_allclose(logits, last, atol=2e-4)
+
+
+def test_the_cache_can_be_filled_to_its_last_row(base) -> None:
+    cfg, variables = base
+    tokens = tokens_of(cfg, T + 1, 1)
+    tight, _ = prefill_jit(cfg, variables, tokens[:, :T], PADDING, cache_size=T + 1, policy=FLOAT32)
+    roomy, _ = prefill_jit(cfg, variables, tokens[:, :T], PADDING, cache_size=S, policy=FLOAT32)
+    one, two = (decode_jit(cfg, variables, tokens[:, T], cache, policy=FLOAT32)[1] for cache in (tight, roomy))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_bfloat16_cache_stays_near_float32(base, variables_of) -> None:
+    cfg, variables = base
+    narrow = variables_of(cfg, 0, jnp.bfloat16)
+    tokens = tokens_of(cfg, T + 1, 2)
+    results = {}
+    for policy, held in ((FLOAT32, variables), (BFLOAT16, narrow)):
+        cache, _ = prefill_jit(cfg, held, tokens[:, :T], PADDING, cache_size=S, policy=policy)
+        cache, logits = decode_jit(cfg, held, tokens[:, T], cache, policy=policy)
+        assert cache.rows.dtype == policy.compute_dtype
+        assert logits.dtype == jnp.float32
+        results[policy.name] = np.asarray(logits)
+    error = results["bfloat16"] - results["float32"]
+    assert np.linalg.norm(error) < 0.3 * np.linalg.norm(results["float32"])
