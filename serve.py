@@ -1,0 +1,105 @@
+"""Completes prompts with a trained model.
+
+    python serve.py --model runs/tiny --prompt "def main("
+    python serve.py --model exported --prompt "import os" "class Stack:" --temperature 0.8 --top-p 0.95 --seed 1
+
+The model is a training run, or a folder in the official format that has a tokenizer.json.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config.check import UserError, check
+from dsv3_jax.config.load import from_dict
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.precision.policy import get_policy
+from dsv3_jax.serving.generate import generate
+from dsv3_jax.training.checkpoint import load_variables
+from dsv3_jax.typing import Variables
+
+EXIT_USER_ERROR = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (0, or 2 for a user's error)."""
+    given = parse(arguments)
+    try:
+        for prompt, completion in complete(given):
+            if len(given.prompt) > 1:
+                print(f"--- {prompt}")
+            print(prompt + completion)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def complete(given: argparse.Namespace) -> list[tuple[str, str]]:
+    """(prompt, completion) of each prompt, all in one batch."""
+    cfg, variables = load_model(Path(given.model), given.dtype, use_average=given.average)
+    tokenizer = tokenizers.load(tokenizer_file(Path(given.model)), bos_id=cfg.bos_id, eos_id=cfg.eos_id)
+    ids = generate(
+        cfg,
+        variables,
+        [[tokenizer.bos_id, *(int(token) for token in tokenizer.encode(prompt))] for prompt in given.prompt],
+        given.max_new_tokens,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        seed=given.seed,
+        eos_id=tokenizer.eos_id,
+    )
+    completions = []
+    for prompt, row in zip(given.prompt, ids.tolist(), strict=True):
+        written = list(itertools.takewhile(lambda token: token != tokenizer.eos_id, row))
+        completions.append((prompt, tokenizer.decode(written)))
+    return completions
+
+
+def load_model(folder: Path, dtype: str, *, use_average: bool) -> tuple[ModelConfig, Variables]:
+    """A model from a training run (it has checkpoints) or from an official folder (it has a config.json only)."""
+    check(folder.is_dir(), f"--model {folder}: is not a folder; give a run dir of train.py or an official folder.")
+    if not (folder / "checkpoints").is_dir():
+        check(not use_average, f"--average needs a run dir of train.py; {folder} is an official folder.")
+        return load_pretrained(folder, dtype=dtype)
+    config, variables = load_variables(folder, use_average=use_average, say=lambda text: print(text, file=sys.stderr))
+    wanted = get_policy(dtype).param_dtype
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), variables["params"])
+    router_state = jax.tree.map(jnp.asarray, variables["router_state"])
+    return from_dict(config["model"], ModelConfig), {"params": params, "router_state": router_state}
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Where `folder` has its tokenizer."""
+    file = folder / "tokenizer.json"
+    check(file.is_file(), f"{file} is missing; put the tokenizer.json that the model was trained with there.")
+    return file
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser: Any = argparse.ArgumentParser(
+        prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run dir of train.py, or an official folder")
+    parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="one or more texts to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest P; 1: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters")
+    parser.add_argument("--average", action="store_true", help="of a run: the moving average of the parameters")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
