@@ -7,6 +7,7 @@ The same command continues a run that was stopped, from its newest checkpoint an
 """
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         keep_freed_memory()
         keep_compiled_programs(Path(given.run_dir))
+        # Orbax logs a traceback for each file it cannot write; the error that reaches us says it once.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         with StopRequest() as stop, open_run(cfg, given.run_dir) as run:
             train(run, stop, console)
     except UserError as error:
