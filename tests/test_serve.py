@@ -1,0 +1,103 @@
+"""The command line that completes prompts."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
+from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.interop.save import save_pretrained
+from dsv3_jax.model.params import init
+from dsv3_jax.serving.generate import generate
+
+PROMPTS = ["def f(x):", "import"]
+
+
+@pytest.fixture(scope="module")
+def serve() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("serve", Path(__file__).parents[1] / "serve.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory):
+    """A random model with its tokenizer, as an official folder."""
+    tokenizer = tokenizers.train(iter(["def f(x):\n    return x\n" * 20, "import os\n" * 20]), vocab_size=300)
+    cfg = ModelConfig(
+        vocab_size=300,
+        model_dim=16,
+        num_layers=2,
+        num_dense_layers=1,
+        ffn_dim=24,
+        mla=MLAConfig(num_heads=2, q_latent_dim=8, kv_latent_dim=8, nope_head_dim=4, rope_head_dim=4, v_head_dim=4),
+        moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8, num_groups=2, groups_per_token=1),
+        mtp_depth=0,
+        max_position=64,
+        yarn=None,
+        init_std=0.3,
+    )
+    variables = init(cfg, jax.random.key(0))
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    file = folder.parent / "tokenizer.json"
+    file.write_text(tokenizer.to_json())
+    save_pretrained(folder, cfg, variables, "float32", tokenizer=file)
+    return folder, cfg, variables, tokenizer
+
+
+def test_prints_what_generate_returns(serve, exported, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, cfg, variables, tokenizer = exported
+    assert serve.main(["--model", str(folder), "--prompt", *PROMPTS, "--max-new-tokens", "9"]) == 0
+    rows = [[0, *(int(i) for i in tokenizer.encode(prompt))] for prompt in PROMPTS]
+    ids = generate(cfg, variables, rows, 9, eos_id=1)
+    printed = capsys.readouterr().out
+    for prompt, row in zip(PROMPTS, ids, strict=True):
+        end = int(np.argmax(row == 1)) if (row == 1).any() else len(row)
+        assert prompt + tokenizer.decode(row[:end]) in printed
+
+
+def test_seed_decides_what_is_sampled(serve, exported, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = exported[0]
+
+    def run(seed: int) -> str:
+        arguments = ["--model", str(folder), "--prompt", "def", "--temperature", "1", "--seed", str(seed)]
+        assert serve.main([*arguments, "--max-new-tokens", "20"]) == 0
+        return capsys.readouterr().out
+
+    assert run(1) == run(1)
+    assert len({run(seed) for seed in range(3)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "nowhere", "--prompt", "a"], "is not a folder"),
+        (["--model", "{folder}", "--prompt", "a", "--average"], "needs a run dir"),
+        (["--model", "{folder}", "--prompt", "a", "--max-new-tokens", "1000"], "max_position=64"),
+        (["--model", "{folder}", "--prompt", "a", "--top-p", "0", "--max-new-tokens", "4"], "top_p=0.0"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(serve, exported, capsys, arguments, says) -> None:
+    arguments = [argument.format(folder=exported[0]) for argument in arguments]
+    assert serve.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_missing_tokenizer_is_named(serve, exported, tmp_path, capsys) -> None:
+    folder = exported[0]
+    for file in folder.iterdir():
+        if file.name not in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert serve.main(["--model", str(tmp_path), "--prompt", "a"]) == 2
+    assert "tokenizer.json is missing" in capsys.readouterr().err
