@@ -6,7 +6,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import grain
 import jax
@@ -167,15 +167,3 @@ def _locked(run_dir: Path) -> Iterator[None]:
                 f"another process is training in {run_dir}; stop it or choose another --run-dir."
             ) from error
         yield
-
-
-def resolved_config(run_dir: str | Path) -> dict[str, Any]:
-    """The configuration a run dir was made with, as JSON data.
-
-    Raises:
-        UserError: the folder is no run dir.
-    """
-    path = Path(run_dir) / CONFIG_NAME
-    if not path.exists():
-        raise UserError(f"{run_dir} has no {CONFIG_NAME}: not the folder of a run (train.py --run-dir).")
-    return json.loads(path.read_text())

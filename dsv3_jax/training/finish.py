@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -113,6 +112,9 @@ def _heldout(run: Run, max_batches: int | None) -> Iterator[dict[str, np.ndarray
 
 def _averaged(run: Run) -> Variables:
     assert run.average is not None
-    like: Callable[[Any, Any], Any] = lambda average, param: jax.numpy.asarray(average, param.dtype)  # noqa: E731
+
+    def like(average: np.ndarray, param: jax.Array) -> jax.Array:
+        return jax.numpy.asarray(average, param.dtype)
+
     params = jax.tree.map(like, run.average.average(), run.state.params)
     return {"params": params, "router_state": run.state.router_state}
