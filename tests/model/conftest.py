@@ -1,7 +1,7 @@
 """Small models with nothing left at its initial value, so that every parameter matters to every test."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,3 +68,12 @@ _forward = jax.jit(forward, static_argnames=("cfg", "policy", "attend", "route",
 def run_forward():
     """`forward`, compiled once for each configuration and shape in a whole test session."""
     return _forward
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly() -> Iterator[None]:
+    """These tests compile much and compute little: without most optimisations they take half the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

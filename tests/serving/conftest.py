@@ -1,7 +1,7 @@
 """Small models to complete with, and their plain uncached completion."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -100,3 +100,12 @@ def slowly():
 @pytest.fixture(scope="session")
 def variables_of():
     return make_variables
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly() -> Iterator[None]:
+    """These tests compile much and compute little: without most optimisations they take half the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -1,0 +1,174 @@
+"""The whole forward pass: documents, padding, causality, rematerialisation, replaceable equations."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.model.attention import attend_full
+from dsv3_jax.model.moe.router import route
+from dsv3_jax.model.transformer import hidden_states
+
+
+def tokens_of(cfg, shape, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, cfg.vocab_size, shape).astype(np.int32)
+
+
+def test_packed_documents_equal_documents_alone(config, variables_of, run_forward) -> None:
+    """Logits, MTP logits inside each document, and the load of every router, with padding at the end."""
+    cfg = config(mtp_depth=2)
+    variables = variables_of(cfg)
+    lengths, T = (7, 4), 13
+    tokens = tokens_of(cfg, (1, T))
+    segments = np.array([[1] * 7 + [2] * 4 + [0] * 2])
+    positions = np.array([[*range(7), *range(4), 0, 0]])
+    packed = run_forward(cfg, variables, tokens, positions, segments)
+    load, start = np.zeros_like(packed.router.load), 0
+    for length in lengths:
+        alone = run_forward(cfg, variables, tokens[:, start : start + length])
+        rows = slice(start, start + length)
+        np.testing.assert_allclose(packed.logits[:, rows], alone.logits, atol=1e-4)
+        for k in (1, 2):
+            inside = packed.mtp_logits[k - 1][:, start : start + length - k]
+            np.testing.assert_allclose(inside, alone.mtp_logits[k - 1], atol=1e-4)
+        np.testing.assert_array_equal(packed.router.ids[:, rows], alone.router.ids)
+        load, start = load + alone.router.load, start + length
+    np.testing.assert_array_equal(packed.router.load, load)
+
+    states = jax.jit(partial(hidden_states, cfg))(variables, tokens, positions, segments)
+    np.testing.assert_array_equal(states.mtp_load.sum(1), [cfg.moe.top_k * (11 - 2 * k) for k in (1, 2)])
+
+
+def test_what_padding_holds_does_not_matter(config, variables_of, run_forward) -> None:
+    cfg = config(mtp_depth=2)
+    variables, tokens = variables_of(cfg), tokens_of(cfg, (1, 13))
+    segments = np.array([[1] * 7 + [2] * 4 + [0] * 2])
+    positions = np.array([[*range(7), *range(4), 0, 0]])
+    other = tokens.copy()
+    other[segments == 0] += 1
+    other %= cfg.vocab_size
+    first, second = (run_forward(cfg, variables, t, positions, segments) for t in (tokens, other))
+    np.testing.assert_array_equal(first.logits[:, :11], second.logits[:, :11])
+    np.testing.assert_array_equal(first.router.load, second.router.load)
+
+
+def test_without_segments_documents_see_each_other(config, variables_of, run_forward) -> None:
+    """Pre-training packs without masks: the second document then reads the first."""
+    cfg = config(mtp_depth=2)
+    variables, tokens = variables_of(cfg), tokens_of(cfg, (1, 13))
+    positions = np.array([[*range(7), *range(6)]])
+    masked = run_forward(cfg, variables, tokens, positions, np.array([[1] * 7 + [2] * 6]))
+    unmasked = run_forward(cfg, variables, tokens, positions)
+    np.testing.assert_allclose(unmasked.logits[:, :7], masked.logits[:, :7], atol=1e-4)
+    assert np.abs(np.asarray(unmasked.logits - masked.logits))[:, 7:].max() > 0.1
+
+
+def test_later_tokens_do_not_change_earlier_logits(config, variables_of, run_forward) -> None:
+    cfg = config(mtp_depth=2)
+    variables, tokens = variables_of(cfg), tokens_of(cfg, (1, 13))
+    changed = tokens.copy()
+    changed[:, 8:] = (changed[:, 8:] + 1) % cfg.vocab_size
+    before, after = run_forward(cfg, variables, tokens), run_forward(cfg, variables, changed)
+    np.testing.assert_array_equal(before.logits[:, :8], after.logits[:, :8])
+    for k in (1, 2):
+        np.testing.assert_array_equal(before.mtp_logits[k - 1][:, : 8 - k], after.mtp_logits[k - 1][:, : 8 - k])
+        assert np.abs(np.asarray(before.mtp_logits[k - 1] - after.mtp_logits[k - 1]))[:, 8 - k].max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{"num_dense_layers": 0, "mtp_depth": 0}, {"num_dense_layers": 3, "mtp_depth": 0}])
+def test_models_of_one_kind_of_layer(config, variables_of, run_forward, changes) -> None:
+    cfg = config(**changes)
+    variables, tokens = variables_of(cfg), tokens_of(cfg, (2, 5))
+    out = run_forward(cfg, variables, tokens)
+    assert np.isfinite(out.logits).all()
+    assert (out.router is None) == (cfg.num_moe_layers == 0)
+    states = jax.jit(partial(hidden_states, cfg))(variables, tokens)
+    assert states.balance_loss.shape == (cfg.num_moe_layers,)
+
+
+def test_layers_run_in_order(config, variables_of, run_forward) -> None:
+    """A stack of layers is a sequence: swapping two changes the result, and router rows follow the layers."""
+    cfg = config(mtp_depth=0)
+    variables, tokens = variables_of(cfg), tokens_of(cfg, (2, 6))
+    flipped = jax.tree.map(lambda leaf: leaf, variables)
+    flipped["params"]["moe_layers"] = jax.tree.map(lambda leaf: leaf[::-1], variables["params"]["moe_layers"])
+    flipped["router_state"] = jax.tree.map(lambda leaf: leaf[::-1], variables["router_state"])
+    one, two = run_forward(cfg, variables, tokens), run_forward(cfg, flipped, tokens)
+    assert np.abs(np.asarray(one.logits - two.logits)).max() > 0.1
+    pinned = jax.tree.map(lambda leaf: leaf, variables)
+    bias = np.zeros((2, cfg.moe.num_experts), np.float32)
+    bias[1, :4] = 100.0
+    pinned["router_state"] = {"moe_layers": {"moe": {"router": {"bias": jnp.asarray(bias)}}}}
+    out = run_forward(cfg, pinned, tokens)
+    assert (np.asarray(out.router.ids[1]) < 4).all()
+    assert (np.asarray(out.router.ids[0]) >= 4).any()
+
+
+def test_equations_can_be_replaced(config, variables_of, run_forward) -> None:
+    """`forward(..., route=my_route)` reaches every MoE layer and module; so does `attend`."""
+    cfg = config(mtp_depth=2)
+    variables, tokens = variables_of(cfg), tokens_of(cfg, (1, 13))
+
+    def my_route(logits, bias, **how):
+        weights, ids = route(logits, bias, **how)
+        return jnp.full_like(weights, 0.25), ids
+
+    out, plain = run_forward(cfg, variables, tokens, route=my_route), run_forward(cfg, variables, tokens)
+    np.testing.assert_array_equal(out.router.weights, 0.25)
+    assert np.abs(np.asarray(out.mtp_logits[1] - plain.mtp_logits[1])).max() > 1e-3
+    same = run_forward(cfg, variables, tokens, attend=attend_full)
+    np.testing.assert_allclose(same.logits, plain.logits, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def backward(config, variables_of):
+    """For each `remat`: the compiled gradient, and its value."""
+    cfg = config(num_layers=6, mtp_depth=1)
+    variables, tokens = variables_of(cfg), tokens_of(cfg, (4, 32))
+
+    def total(params, remat):
+        states = hidden_states(cfg, {**variables, "params": params}, tokens, remat=remat)
+        return jnp.sin(states.hidden).sum() + jnp.sin(states.mtp_hidden).sum() + states.balance_loss.sum()
+
+    compiled = {}
+    for remat in ("none", "paper", "full"):
+        step = jax.jit(jax.grad(partial(total, remat=remat))).lower(variables["params"]).compile()
+        compiled[remat] = step, step(variables["params"])
+    return compiled
+
+
+@pytest.mark.parametrize("remat", ["paper", "full"])
+def test_recomputing_changes_no_gradient(backward, remat: str) -> None:
+    expected, actual = backward["none"][1], backward[remat][1]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        ours = dict(jax.tree_util.tree_leaves_with_path(actual))[path]
+        np.testing.assert_allclose(ours, leaf, atol=2e-4 * np.abs(leaf).max(), err_msg=jax.tree_util.keystr(path))
+
+
+def test_recomputing_saves_memory(backward) -> None:
+    """ "full" keeps less than "paper", which keeps well under what "none" keeps."""
+    size = {name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in backward.items()}
+    assert size["full"] < size["paper"] < 0.75 * size["none"], size
+
+
+def test_left_padding_and_right_padding_agree(config, variables_of, run_forward) -> None:
+    cfg = config(mtp_depth=2)
+    variables, prompt = variables_of(cfg), tokens_of(cfg, (1, 9))
+    real, positions = np.ones((1, 9), np.int32), np.arange(9)[None]
+    left, right = (
+        run_forward(cfg, variables, *(np.pad(row, ((0, 0), side)) for row in (prompt, positions, real)))
+        for side in ((4, 0), (0, 4))
+    )
+    np.testing.assert_allclose(left.logits[:, 4:], right.logits[:, :9], atol=1e-4)
+    np.testing.assert_array_equal(left.router.load, right.router.load)
+
+
+def test_the_example_of_the_readme_runs(repository, monkeypatch, capsys) -> None:
+    text = (repository / "dsv3_jax" / "model" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(repository)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert len(set(capsys.readouterr().out.strip(" []\n").split())) == 1
