@@ -65,16 +65,18 @@ def measure(
     """
     batch, seq_len = cfg.train.batch.micro, cfg.train.seq_len
     tokens = batch * seq_len
+    many = None
+    if num_experts is not None:
+        many = dataclasses.replace(cfg.model, moe=dataclasses.replace(cfg.model.moe, num_experts=num_experts))
     machine = describe(get_policy(cfg.precision).compute_dtype)
-    ours, parameters = training_program(cfg)
+    parameters: dict[str, int] = {}
+    ours, parameters["ours"] = training_program(cfg)
     compile_s = ours()
     ours()
     memory = peak_memory_gib()
     programs = {"ours": ours}
-    many = None
-    if num_experts is not None:
-        many = dataclasses.replace(cfg.model, moe=dataclasses.replace(cfg.model.moe, num_experts=num_experts))
-        programs["many_experts"], many_parameters = training_program(dataclasses.replace(cfg, model=many))
+    if many is not None:
+        programs["many_experts"], parameters["many_experts"] = training_program(dataclasses.replace(cfg, model=many))
     if peer_python is not None:
         with Peer(peer_python, cfg.model, batch=batch, seq_len=seq_len, threads=machine["cores"]) as peer:
             seconds = _warm_and_take_turns(programs | {"peer": lambda: peer.seconds("train")}, rounds)
@@ -86,7 +88,7 @@ def measure(
     speed = _speed(seconds["ours"], tokens)
     result = {
         "config": cfg.name,
-        "parameters": parameters,
+        "parameters": parameters["ours"],
         "batch": batch,
         "seq_len": seq_len,
         "precision": cfg.precision,
@@ -103,7 +105,7 @@ def measure(
         speed = _speed(seconds["many_experts"], tokens)
         result["many_experts"] = {
             "num_experts": num_experts,
-            "parameters": many_parameters,
+            "parameters": parameters["many_experts"],
             **speed,
             "cost_ratio": cost,
         }
