@@ -83,7 +83,7 @@ def grouped_matmul(
         return _write(out, product, start)
 
     out = jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
-    return _for_each_chunk(block_expert, _block_size(rows, block_expert), multiply, out)
+    return _for_each_chunk(block_expert, _block_size(rows, block_expert), multiply, out, num_tokens=rows.shape[0])
 
 
 def _grouped_forward(rows, weights, block_expert):
@@ -100,7 +100,8 @@ def _grouped_backward(residuals, d_out):
         return d_rows, _add_outer(d_weights, expert, _rows(rows, start, size), d_chunk)
 
     zeros = (jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.float32))
-    d_rows, d_weights = _for_each_chunk(block_expert, _block_size(rows, block_expert), multiply, zeros)
+    block_size = _block_size(rows, block_expert)
+    d_rows, d_weights = _for_each_chunk(block_expert, block_size, multiply, zeros, num_tokens=rows.shape[0])
     return d_rows, d_weights.astype(weights.dtype), _no_gradient(block_expert)
 
 
@@ -131,7 +132,8 @@ def _run_routed(x, gate_up, down, weights, plan, *kept):
 
     out = jnp.zeros((plan.token_of.shape[0], x.shape[1]), x.dtype)
     block_size = _block_size(plan.token_of, plan.block_expert)
-    out, *kept = _for_each_chunk(plan.block_expert, block_size, feed_forward, (out, *kept))
+    N = x.shape[0]
+    out, *kept = _for_each_chunk(plan.block_expert, block_size, feed_forward, (out, *kept), num_tokens=N)
     return sum_pairs(out, plan), *kept
 
 
@@ -160,7 +162,9 @@ def _routed_backward(residuals, d_out):
         jnp.zeros(down.shape, jnp.float32),
     )
     block_size = _block_size(plan.token_of, plan.block_expert)
-    d_rows, d_weight_M, d_gate_up, d_down = _for_each_chunk(plan.block_expert, block_size, feed_forward, zeros)
+    d_rows, d_weight_M, d_gate_up, d_down = _for_each_chunk(
+        plan.block_expert, block_size, feed_forward, zeros, num_tokens=x.shape[0]
+    )
     d_weights = d_weight_M[plan.slot_of].astype(weights.dtype)
     d_x, d_plan = sum_pairs(d_rows, plan), jax.tree.map(_no_gradient, plan)
     return d_x, d_gate_up.astype(gate_up.dtype), d_down.astype(down.dtype), d_weights, d_plan
@@ -174,14 +178,17 @@ def _for_each_chunk(
     block_size: int,
     step: Callable[[Array, int, Array, Any], Any],
     carry: Any,
+    *,
+    num_tokens: int,
 ) -> Any:
     """Folds step(first row, number of rows (static), expert, carry) over the chunks that cover all used blocks.
 
     A run of n blocks of one expert becomes ⌊n/c⌋ chunks of the largest size c and the binary digits of the rest.
+    An expert gets at most `num_tokens` rows, so few tokens need few sizes; each costs its own compiled loop.
     """
     blocks = block_expert.shape[0]
     largest = 1
-    while largest * 2 <= min(blocks, max(CHUNK_ROWS // block_size, 1)):
+    while largest * 2 <= min(-(-num_tokens // block_size), max(CHUNK_ROWS // block_size, 1)):
         largest *= 2
     index = jnp.arange(blocks, dtype=jnp.int32)
     changes = block_expert[1:] != block_expert[:-1]
