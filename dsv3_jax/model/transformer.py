@@ -80,7 +80,7 @@ def forward(
     )
     head, T = variables["params"]["unembed"], tokens.shape[1]
     mtp_logits = tuple(
-        unembed(head, states.mtp_hidden[k - 1, :, : T - k], policy=policy)
+        unembed(head, states.mtp_hidden[k - 1, :, : max(T - k, 0)], policy=policy)
         for k in range(1, cfg.mtp_depth + 1)
         if states.mtp_hidden is not None
     )

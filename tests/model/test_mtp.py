@@ -145,7 +145,6 @@ def test_the_main_model_does_not_depend_on_its_mtp_modules(config, variables_of,
 
 
 def test_rows_shorter_than_the_depth_give_empty_logits(config, variables_of) -> None:
-    cfg = config(mtp_depth=2)
-    out = jax.jit(partial(forward, cfg))(variables_of(cfg), np.array([[5, 6]], np.int32))
-    assert [logits.shape[1] for logits in out.mtp_logits] == [1, 0]
-    assert np.isfinite(out.mtp_logits[0]).all()
+    cfg = config(mtp_depth=3)
+    shapes = jax.eval_shape(partial(forward, cfg), variables_of(cfg), np.array([[5, 6]], np.int32))
+    assert [logits.shape[1] for logits in shapes.mtp_logits] == [1, 0, 0]
