@@ -1,7 +1,7 @@
 """Multi-head latent attention, naive for training and absorbed for decoding."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -125,11 +125,11 @@ class MLA(nn.Module):
         mla_cfg, D = self.cfg.mla, self.cfg.model_dim
         H, C, R = mla_cfg.num_heads, mla_cfg.kv_latent_dim, mla_cfg.rope_head_dim
 
-        def weight(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array:
+        def weight(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Any:
             normal = nn.with_partitioning(nn.initializers.normal(self.cfg.init_std), axes)
             return self.param(name, normal, shape, jnp.float32)
 
-        def norm(name: str, dim: int, axis: str) -> Array:
+        def norm(name: str, dim: int, axis: str) -> Any:
             return self.param(name, nn.with_partitioning(nn.initializers.ones, (axis,)), (dim,), jnp.float32)
 
         declared = {

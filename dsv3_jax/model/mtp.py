@@ -141,7 +141,8 @@ def declare_mtp_module(cfg: ModelConfig, key: jax.Array) -> dict:
     """Fresh variables of one MTP module, boxed with their logical axes."""
     join_key, block_key = jax.random.split(key)
     block = declare_moe_block(cfg, block_key)
-    declared = {"params": MTPJoin(cfg).init(join_key, method="weights")["params"] | {"block": block["params"]}}
+    join = MTPJoin(cfg).init(join_key, method="weights")["params"]
+    declared = {"params": {**join, "block": block["params"]}}
     if "router_state" in block:
         declared["router_state"] = {"block": block["router_state"]}
     return declared

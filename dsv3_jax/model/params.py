@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from dsv3_jax.config.model import ModelConfig
@@ -69,7 +70,7 @@ def _is_box(leaf) -> bool:
 
 def _declare_model(cfg: ModelConfig, key: jax.Array) -> dict:
     names = ("embed", "dense_layers", "moe_layers", "mtp", "final_norm", "unembed")
-    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    keys: dict[str, jax.Array] = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     V, D = cfg.vocab_size, cfg.model_dim
     singles = {
         "embed": Embedding(V, D, cfg.init_std),
