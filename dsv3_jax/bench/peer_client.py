@@ -34,7 +34,11 @@ class Peer:
             )
         except OSError as error:
             raise UserError(f"--peer {python}: cannot be started ({error.strerror}); give a Python.") from error
-        self.built = self._ask(request)
+        try:
+            self.built = self._ask(request)
+        except UserError:
+            self._close()
+            raise
 
     def __enter__(self) -> "Peer":
         return self
@@ -42,14 +46,19 @@ class Peer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._close()
 
     def seconds(self, do: str, **sizes: int) -> float:
         """How long the peer took for one request ("train", "prefill", "decode"; see `peer.py`)."""
         return float(self._ask({"do": do, **sizes})["seconds"])
+
+    def _close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
