@@ -59,6 +59,11 @@ _logits = jax.jit(lambda cfg, variables, tokens: forward(cfg, variables, tokens)
 LONGEST = 48
 
 
+def filled_up(rows: Sequence[Any]) -> np.ndarray:
+    """Rows of any lengths as int32[B, LONGEST]: one shape, one compilation."""
+    return np.stack([np.pad(np.asarray(row, np.int32), (0, LONGEST - len(row))) for row in rows])
+
+
 def complete_slowly(
     cfg: ModelConfig, variables: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -66,10 +71,8 @@ def complete_slowly(
 
     Rows are filled up on the right, which a causal model does not see.
     """
-    tokens = np.zeros((len(prompts), LONGEST), np.int32)
+    tokens = filled_up(prompts)
     ends = np.array([len(prompt) for prompt in prompts])
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
     rows, ids, chosen_by = np.arange(len(prompts)), [], []
     for _ in range(max_new_tokens):
         logits = np.asarray(_logits(cfg, variables, tokens))[rows, ends - 1]
@@ -95,6 +98,12 @@ def base() -> tuple[ModelConfig, dict[str, Any]]:
 @pytest.fixture(scope="session")
 def slowly():
     return complete_slowly
+
+
+@pytest.fixture(scope="session")
+def uncached_logits():
+    """Logits of rows of any lengths, [B, LONGEST, V]."""
+    return lambda cfg, variables, rows: np.asarray(_logits(cfg, variables, filled_up(rows)))
 
 
 @pytest.fixture(scope="session")
