@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv3_jax.config.check import check
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.interop.convert import from_official
+from dsv3_jax.interop.convert import put_official, to_official
 from dsv3_jax.interop.hf_config import fp8_block, from_hf
 from dsv3_jax.interop.hf_names import IGNORED_SUFFIXES, SCALE_SUFFIX, Entry, entries, flatten, unflatten
 from dsv3_jax.interop.safetensors_io import CheckpointError, StoredTensor, read_folder
@@ -145,10 +145,10 @@ def _fill(
     if scale is not None and block is not None:
         official = np.asarray(dequantize_tiles(QTensor(official, scale.read()), tile=block))
     place = arrays[entry.path][entry.index]
-    ours = from_official(official.astype(place.dtype), place.shape, entry.input_axes)
+    official = official.astype(place.dtype, copy=False)
     if not entry.is_copy:
-        place[...] = ours
-    elif not np.array_equal(_bits(ours), _bits(place)):
+        put_official(place, official, entry.input_axes)
+    elif not np.array_equal(_bits(official), _bits(to_official(place, entry.input_axes))):
         raise CheckpointError(
             f"{tensor.file}: tensor {entry.key!r} differs from the main model's; an MTP module with its own embedding "
             "or head cannot be represented here, as the report shares them."

@@ -127,12 +127,11 @@ def _plan(cfg: ModelConfig, dtype: str, max_size: int) -> list[list[_Item]]:
 def _tensors(leaves: dict[str, Any], shard: list[_Item]) -> Iterator[tuple[str, np.ndarray]]:
     for entry, stored, _ in shard:
         ours = _on_host(leaves[entry.path], entry.index)
-        official = to_official(ours, entry.input_axes)
         if len(stored) == 1:
             name, _, kind = stored[0]
-            yield name, official.astype(kind)
+            yield name, to_official(ours.astype(kind, copy=False), entry.input_axes)
             continue
-        quantised = quantize_tiles(np.ascontiguousarray(official), tile=FP8_BLOCK)
+        quantised = quantize_tiles(to_official(ours, entry.input_axes), tile=FP8_BLOCK)
         if not np.isfinite(quantised.scales).all():
             raise ConfigError(
                 f"{entry.key}: holds a NaN or infinity, which FP8 blocks would spread over 128x128 numbers; "

@@ -17,6 +17,8 @@ E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4
 """A tile's largest magnitude counts as at least this, so that a tile of zeros has a scale."""
 
+_TABLE = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
+
 
 class QTensor(NamedTuple):
     """E4M3 `values` [..., R, C] with float32 `scales` [..., ceil(R/r), ceil(C/c)]: multiply to dequantise."""
@@ -77,8 +79,15 @@ def dequantize_tiles(
         raise ValueError(
             f"scales {q.scales.shape} do not fit values {q.values.shape} in tiles of {tile}; expected {expected}."
         )
-    tiles = _tiles(q.values.astype(np.float32), tile)
+    tiles = _tiles(_to_float32(q.values), tile)
     return _untile(tiles * q.scales.astype(np.float32)[..., :, None, :, None], q.values.shape).astype(dtype)
+
+
+def _to_float32(values: Any) -> Any:
+    """The cast; by a table in NumPy, where that is four times faster."""
+    if isinstance(values, np.ndarray):
+        return _TABLE[values.view(np.uint8)]
+    return values.astype(np.float32)
 
 
 def _tiles(x: Any, tile: tuple[int, int]) -> Any:

@@ -87,10 +87,9 @@ def test_tree_is_that_of_init(golden, name):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["tiny_a", "tiny_b", "tiny_d"])
 def test_transformers_5_config_reads_the_same_weights(copy_of_golden, golden, name, assert_same_bits):
-    if name == "tiny_c":
-        pytest.skip("transformers writes it dequantised")
+    """Without tiny_c, which transformers writes dequantised."""
     folder = copy_of_golden(name)
     (folder / "config_as_saved_by_transformers5.json").replace(folder / "config.json")
     cfg, variables = ds.load_pretrained(folder)
