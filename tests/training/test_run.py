@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -75,15 +74,23 @@ def same_run(run_dir: Path, undisturbed: Path) -> None:
     assert final_arrays(run_dir) == final_arrays(undisturbed)
 
 
-def start(arguments: list[str], repository: Path, **options) -> subprocess.Popen:
+def start(arguments: list[str], repository: Path, before: str = "") -> subprocess.Popen:
+    """train.py in a process of its own, after the statement `before`."""
+    program = str(repository / "train.py")
+    lines = [
+        "import resource, runpy, sys",
+        before,
+        "sys.argv = sys.argv[1:]",
+        "runpy.run_path(sys.argv[0], run_name='__main__')",
+    ]
+    code = "\n".join(lines)
     environment = {**os.environ, **NUMERICS, "PYTHONPATH": f"{repository}{os.pathsep}{repository / 'kernels'}"}
     return subprocess.Popen(
-        [sys.executable, str(repository / "train.py"), *arguments],
+        [sys.executable, "-c", code, program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
-        **options,
     )
 
 
@@ -207,8 +214,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint_good(
     half = (8 * 2 + 10 * 4) * 16
     assert main(command(run_dir, f"train.total_tokens={half}")) == 0
     before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    process = start(command(run_dir), repository, preexec_fn=limit)
+    process = start(command(run_dir), repository, before="resource.setrlimit(resource.RLIMIT_FSIZE, (24_000,) * 2)")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert "saving the checkpoint of step" in output
