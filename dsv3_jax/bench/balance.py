@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m dsv3_jax.bench.balance", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("config", nargs="?", default="configs/tiny.py")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=4, help="sequences a step")
     parser.add_argument("--bias-speed", type=float, default=0.01)
     parser.add_argument("--run-dir", help="keep the prepared data here")
