@@ -38,7 +38,10 @@ def test_the_parameters_decide_where_no_policy_is_given(case, run_forward) -> No
     np.testing.assert_array_equal(run_forward(cfg, narrow, tokens).logits, given.logits)
 
 
-@pytest.mark.parametrize("policy", [BFLOAT16, MIXED], ids=["bfloat16", "mixed"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(BFLOAT16, id="bfloat16"), pytest.param(MIXED, id="mixed", marks=pytest.mark.slow)],
+)
 def test_low_precision_stays_near_float32(case, run_forward, policy) -> None:
     """Logits, routing weights and loads are float32 or integers whatever the policy; errors are of bfloat16's size."""
     cfg, variables, tokens = case
@@ -62,7 +65,13 @@ def test_linear_computes_in_the_compute_dtype() -> None:
     np.testing.assert_array_equal(np.asarray(MIXED.linear(x, w), np.float32), 3.0)
 
 
-@pytest.mark.parametrize(("policy", "dtype"), [(MIXED, jnp.float32), (BFLOAT16, jnp.bfloat16)], ids=["mixed", "bf16"])
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [
+        pytest.param(MIXED, jnp.float32, id="mixed"),
+        pytest.param(BFLOAT16, jnp.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_have_the_dtype_of_the_parameters(case, config, variables_of, policy, dtype) -> None:
     cfg, tokens = config(num_layers=2, mtp_depth=0), case[2]
     narrow = variables_of(cfg, 0, policy.param_dtype)
