@@ -1,6 +1,6 @@
 # Everything happens in a virtual environment that the first command makes; nothing but Python is needed.
 #   PYTHON=python3.11 make test     another interpreter (it gets its own environment)
-#   make train RUN_DIR=runs/mine CONFIG=configs/tiny.py ARGS="--set train.seed=1"
+#   make train RUN_DIR=runs/mine CONFIG=configs/tiny.py ARGS="--set seed=1"
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help

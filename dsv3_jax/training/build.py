@@ -17,6 +17,7 @@ from dsv3_jax.config.load import Difference, diff, to_dict
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.data.loader import make_train_iterator
 from dsv3_jax.data.prepare import PreparedData, prepare
+from dsv3_jax.interop.hf_config import to_hf
 from dsv3_jax.training.checkpoint import CheckpointFolder
 from dsv3_jax.training.ema import HostEMA
 from dsv3_jax.training.metrics import Progress
@@ -68,10 +69,12 @@ def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] 
     """Everything a run needs, resumed from the newest whole checkpoint in `run_dir` when there is one.
 
     Raises:
-        UserError: the folder belongs to another configuration (the difference is shown) or another process, the data
-            cannot be prepared, every checkpoint is corrupt, or the folder cannot be written.
+        UserError: the model has no official form, the folder belongs to another configuration (the difference is
+            shown) or another process, the data cannot be prepared, every checkpoint is corrupt, or the folder cannot
+            be written.
     """
     run_dir = Path(run_dir).absolute()
+    to_hf(cfg.model, "bfloat16")  # refuses here, not after training, what the export at the end cannot say
     with _locked(run_dir):
         checkpoints = CheckpointFolder(run_dir / "checkpoints", keep=cfg.train.output.keep_checkpoints, say=say)
         checkpoints.clean()

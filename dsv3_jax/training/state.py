@@ -36,7 +36,8 @@ def abstract_state(cfg: RunConfig) -> TrainState:
     return jax.eval_shape(partial(_init_state, cfg))
 
 
-@partial(jax.jit, static_argnames=("cfg",))
+# It runs once: most of XLA's optimisation would cost more than it saves.
+@partial(jax.jit, static_argnames=("cfg",), compiler_options={"xla_backend_optimization_level": 1})
 def _init_state(cfg: RunConfig) -> TrainState:
     weights_key, run_key = jax.random.split(jax.random.key(cfg.seed))
     variables = init(cfg.model, weights_key, get_policy(cfg.precision).param_dtype)
