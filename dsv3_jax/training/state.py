@@ -28,18 +28,23 @@ class TrainState(NamedTuple):
 
 def init_state(cfg: RunConfig) -> TrainState:
     """The state before the first step, on the default device."""
-    return _init_state(cfg)
+    return _fresh_state_jitted(cfg)
 
 
 def abstract_state(cfg: RunConfig) -> TrainState:
     """Shapes and dtypes of `init_state(cfg)`; allocates nothing."""
-    return jax.eval_shape(partial(_init_state, cfg))
+    return jax.eval_shape(partial(_fresh_state, cfg))
 
 
-# It runs once: most of XLA's optimisation would cost more than it saves.
-@partial(jax.jit, static_argnames=("cfg",), compiler_options={"xla_backend_optimization_level": 1})
-def _init_state(cfg: RunConfig) -> TrainState:
+def _fresh_state(cfg: RunConfig) -> TrainState:
     weights_key, run_key = jax.random.split(jax.random.key(cfg.seed))
     variables = init(cfg.model, weights_key, get_policy(cfg.precision).param_dtype)
     opt_state = make_optimizer(cfg.train.optimizer, cfg.model).init(variables["params"])
     return TrainState(variables["params"], variables["router_state"], opt_state, jax.random.key_data(run_key))
+
+
+# It runs once: most of XLA's optimisation would cost more than it saves. Compiler options may not be nested in
+# another trace, so shapes are read from the function without them.
+_fresh_state_jitted = jax.jit(
+    _fresh_state, static_argnames=("cfg",), compiler_options={"xla_backend_optimization_level": 1}
+)
