@@ -1,1 +1,31 @@
-"""Kernels of DeepSeek-V3: each op has a plain reference form and, where faster, a form for the device."""
+"""Kernels of DeepSeek-V3: each op has a plain reference form, an XLA form, and a form for Hopper GPUs.
+
+The public names load when first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
+
+__all__ = ["QTensor", "dequantize_tiles", "quantize_tiles"]
+
+_HOME = {
+    "QTensor": "quantize",
+    "dequantize_tiles": "quantize",
+    "quantize_tiles": "quantize",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Loads a public name from the module it lives in (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
