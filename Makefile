@@ -13,15 +13,18 @@ CONFIG ?= configs/tiny.py
 RUN_DIR ?= runs/tiny
 ARGS ?=
 TESTS ?= tests
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# A file is one worker's, so that its fixtures are made once.
+PYTEST = $(PY) -m pytest $(TESTS) -q -n $(WORKERS) --dist loadfile
 
 # Compiled XLA programs are kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 help: ## this list
-	@echo "make ...        (RUN_DIR, CONFIG, ARGS, TESTS and PYTHON can be given: make train RUN_DIR=runs/mine)"
+	@echo "make ...        (RUN_DIR, CONFIG, ARGS, TESTS, WORKERS and PYTHON can be given: make train RUN_DIR=runs/mine)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make the virtual environment, if it is not there
@@ -30,13 +33,13 @@ train: $(STAMP) ## train the tiny model on real code, about ten minutes on 2 cor
 	$(PY) train.py --config $(CONFIG) --run-dir $(RUN_DIR) $(ARGS)
 
 test: $(STAMP) ## the fast tests, under 15 minutes on 2 cores
-	$(PY) -m pytest $(TESTS) -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(STAMP) ## only the slow tests
-	$(PY) -m pytest $(TESTS) -q -m "slow" $(ARGS)
+	$(PYTEST) -m "slow" $(ARGS)
 
 test-all: $(STAMP) ## all tests, under 45 minutes on 2 cores
-	$(PY) -m pytest $(TESTS) -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	$(PY) -m ruff check .

@@ -3,7 +3,9 @@
 Environment: `DSV3_TYPECHECK=0` turns off the checking of signatures; `JAX_PLATFORMS=cuda` runs the tests on a GPU.
 """
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,6 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings() -> Iterator[None]:
+    """Drops compiled programs when a process holds many.
+
+    Each keeps some pages mapped, and Linux ends a process that maps more than `vm.max_map_count` (65530) regions.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
