@@ -5,7 +5,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-slow test-all lint bench clean
+.PHONY: help setup train test test-slow test-all test-aot lint bench clean
 
 PYTHON ?=
 VENV ?= $(if $(PYTHON),.venv-$(notdir $(PYTHON)),.venv)
@@ -19,6 +19,14 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # A file is one worker's, so that its fixtures are made once.
 PYTEST = $(PY) -m pytest $(TESTS) -q -n $(WORKERS) --dist loadfile
+
+# Kernels are compiled for H100 in an environment of their own, with the CUDA plugin of jax and NVIDIA's compilers.
+# Python 3.11 has no jax that can; there the check says so.
+AOT_VENV := $(VENV)-aot
+AOT_STAMP := $(AOT_VENV)/.installed
+AOT_PACKAGES := jax jaxtyping ml_dtypes numpy
+AOT_PLUGINS := jax-cuda13-pjrt jax-cuda13-plugin
+AOT_COMPILERS := nvidia-cuda-nvcc nvidia-cuda-nvdisasm nvidia-nvvm
 
 # Compiled XLA programs are kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -41,6 +49,9 @@ test-slow: $(STAMP) ## only the slow tests
 test-all: $(STAMP) ## all tests, under 45 minutes on 2 cores
 	$(PYTEST) $(ARGS)
 
+test-aot: $(AOT_STAMP) ## compile every kernel for H100 without one; ARGS=--write renews the table in kernels/README.md
+	PYTHONPATH=kernels $(AOT_VENV)/bin/python -m dsv3_kernels.aot $(or $(ARGS),--check)
+
 lint: $(STAMP) ## ruff and pyright
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -54,25 +65,37 @@ clean: ## remove environments, caches and build leftovers; runs/ stays
 	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The newest Python from 3.11 to 3.13 that can make an environment: on PATH, else one that pyenv installed.
-# A candidate is run, because a name on PATH may be a pyenv shim of a version that is not active.
+# $(call make_venv,FOLDER): an environment of the newest Python from 3.11 to 3.13 that can make one: on PATH, else one
+# that pyenv installed. A candidate is run, because a name on PATH may be a pyenv shim of a version that is not active.
+define make_venv
+usable() { [ -x "$$1" ] && "$$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }; \
+found=; \
+if [ -n "$(PYTHON)" ]; then \
+  usable "$$(command -v "$(PYTHON)")" && found=$$(command -v "$(PYTHON)"); \
+else \
+  for version in 3.13 3.12 3.11; do \
+    for folder in $$(echo "$$PATH" | tr ':' ' ') "$$HOME"/.pyenv/versions/$$version*/bin; do \
+      if usable "$$folder/python$$version"; then found=$$folder/python$$version; break 2; fi; \
+    done; \
+  done; \
+fi; \
+if [ -z "$$found" ]; then \
+  echo "No usable $(or $(PYTHON),Python 3.11 to 3.13) found on PATH or in ~/.pyenv/versions. It must be 3.11 to 3.13 and have venv" >&2; \
+  echo "and ensurepip (on Debian and Ubuntu: apt install python3-venv); then PYTHON=/path/to/python make ..." >&2; exit 1; \
+fi; \
+echo "Installing into $(1) with $$("$$found" --version) from $$found: one to three minutes, once."; \
+"$$found" -m venv --clear $(1)
+endef
+
+PIP_INSTALL := -m pip --disable-pip-version-check install -qq -c constraints.txt
+
 $(STAMP): pyproject.toml constraints.txt
-	@usable() { [ -x "$$1" ] && "$$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }; \
-	found=; \
-	if [ -n "$(PYTHON)" ]; then \
-	  usable "$$(command -v "$(PYTHON)")" && found=$$(command -v "$(PYTHON)"); \
-	else \
-	  for version in 3.13 3.12 3.11; do \
-	    for folder in $$(echo "$$PATH" | tr ':' ' ') "$$HOME"/.pyenv/versions/$$version*/bin; do \
-	      if usable "$$folder/python$$version"; then found=$$folder/python$$version; break 2; fi; \
-	    done; \
-	  done; \
-	fi; \
-	if [ -z "$$found" ]; then \
-	  echo "No usable $(or $(PYTHON),Python 3.11 to 3.13) found on PATH or in ~/.pyenv/versions. It must be 3.11 to 3.13 and have venv" >&2; \
-	  echo "and ensurepip (on Debian and Ubuntu: apt install python3-venv); then PYTHON=/path/to/python make ..." >&2; exit 1; \
-	fi; \
-	echo "Installing into $(VENV) with $$("$$found" --version) from $$found: one to three minutes, once."; \
-	"$$found" -m venv --clear $(VENV)
-	@$(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]'
+	@$(call make_venv,$(VENV))
+	@$(PY) $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+$(AOT_STAMP): constraints.txt
+	@$(call make_venv,$(AOT_VENV))
+	@$(AOT_VENV)/bin/python $(PIP_INSTALL) $(AOT_PACKAGES) $(foreach name,$(AOT_PLUGINS),"$(name); python_version >= '3.12'")
+	@$(AOT_VENV)/bin/python $(PIP_INSTALL) --no-deps $(foreach name,$(AOT_COMPILERS),"$(name); python_version >= '3.12'")
 	@touch $@

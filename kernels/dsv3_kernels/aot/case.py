@@ -27,7 +27,7 @@ class AotCase(NamedTuple):
     """
 
     name: str
-    """Unique over all ops and short, such as "fp8_gemm 128x128x128 s4"; the first column of the table."""
+    """The op and its tile, such as "fp8_gemm 128x128x128 s4"; unique over all ops, the first column of the table."""
     function: Callable[..., Any]
     args: tuple[jax.ShapeDtypeStruct, ...]
     must_contain: tuple[str, ...]

@@ -1,0 +1,150 @@
+"""Compiles every kernel with every tuned tile for sm_90a, prints what each costs, and fails on what is wrong.
+
+`python -m dsv3_kernels.aot` in an environment with the CUDA plugin of jax and pip's ptxas and nvdisasm, which
+`make test-aot` makes; no GPU. Exit status: 0 all is well (or jax is too old for Pallas, which is said), 1 a kernel is
+wrong or the README lacks a case, 2 the check itself cannot work.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from dsv3_kernels import dispatch
+from dsv3_kernels.aot import case, judge, report, selfcheck
+
+README = Path(__file__).parents[2] / "README.md"
+TIMEOUT = 240.0
+"""Seconds one case may take to compile."""
+KEPT = (".ptx", ".ptxas", ".sass_ctrl", ".mlir-passes.log")
+
+
+class Result(NamedTuple):
+    """A case after its compilation; no cost where it did not compile."""
+
+    case: case.AotCase
+    cost: judge.Cost | None
+    faults: list[str]
+    seconds: float
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns the exit status."""
+    options = _parse(arguments)
+    if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
+        print(f"skipped: {dispatch.why_no_pallas()}")
+        return 0
+    try:
+        cases = [each for each in case.collect() if options.only in each.name]
+    except ValueError as error:
+        return _give_up(str(error))
+    if options.list:
+        print("\n".join(each.name for each in cases))
+        return 0
+    if not cases:
+        return _give_up(f"no case has {options.only!r} in its name; --list names them")
+    if obstacle := _obstacle():
+        return _give_up(obstacle)
+    results = _compile_all(cases, options.jobs)
+    failed = [each for each in results if each.faults]
+    table = report.table((each.case.name, each.cost) for each in results if each.cost is not None)
+    print(f"\n{table}\n")
+    for each in failed:
+        print(f"FAILED {each.case.name}: {'; '.join(each.faults)}")
+    print(f"compiled for sm_90a: {len(results) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed else _publish(table, options)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dsv3_kernels.aot", description=__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds TEXT")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compilations at a time")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--write", action="store_true", help=f"write the table into {README.parent.name}/{README.name}")
+    where.add_argument("--check", action="store_true", help="fail if the README's table has other cases or columns")
+    options = parser.parse_args(arguments)
+    if options.only and (options.write or options.check):
+        parser.error("--write and --check are about all cases; leave --only away")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs} compiles nothing; give 1 or more")
+    return options
+
+
+def _obstacle() -> str | None:
+    """Why the check cannot work: it must refuse a kernel that spills and multiplies nothing."""
+    result = _compile(selfcheck.aot_cases()[0])
+    if result.cost is None:
+        return (
+            f"the kernel of the self-check was not compiled: {'; '.join(result.faults)}. It needs the CUDA plugin of "
+            "jax, pip's nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-nvdisasm: make test-aot installs them."
+        )
+    if not result.cost.spill_bytes or len(result.faults) != 2:
+        return f"a kernel that spills without any QGMMA was judged {result.faults or 'good'}"
+    print(f"self-check: a bad kernel is refused ({'; '.join(result.faults)})", flush=True)
+    return None
+
+
+def _compile_all(cases: list[case.AotCase], jobs: int) -> list[Result]:
+    """The results in the order of `cases`, with a line of progress for each as it comes."""
+    results: dict[str, Result] = {}
+    with concurrent.futures.ThreadPoolExecutor(jobs) as threads:
+        pending = [threads.submit(_compile, each) for each in cases]
+        for number, done in enumerate(concurrent.futures.as_completed(pending), 1):
+            result = done.result()
+            results[result.case.name] = result
+            verdict = "FAILED" if result.faults else "good"
+            print(f"[{number}/{len(cases)}] {verdict:6} {result.seconds:5.1f} s  {result.case.name}", flush=True)
+    return [results[each.name] for each in cases]
+
+
+def _compile(each: case.AotCase) -> Result:
+    """One case in a process and a folder of its own."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="aot-") as folder:
+        command = [sys.executable, "-m", "dsv3_kernels.aot.compile", each.name, folder]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        except subprocess.TimeoutExpired:
+            return Result(each, None, [f"was not compiled within {TIMEOUT:.0f} s"], time.monotonic() - start)
+        if done.returncode:
+            last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
+            fault = f"does not compile (exit {done.returncode}): {' / '.join(last) or 'no message'}"
+            return Result(each, None, [fault], time.monotonic() - start)
+        dump = {
+            path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir() if path.name.endswith(KEPT)
+        }
+    try:
+        cost = judge.read_cost(each, dump)
+    except ValueError as error:
+        return Result(each, None, [str(error)], time.monotonic() - start)
+    return Result(each, cost, judge.find_faults(each, cost, dump), time.monotonic() - start)
+
+
+def _publish(table: str, options: argparse.Namespace) -> int:
+    """Writes or compares the README's table, as the options say; returns the exit status."""
+    name = f"{README.parent.name}/{README.name}"
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    if options.write:
+        README.write_text(report.insert(text, table), encoding="utf-8")
+        print(f"wrote the table into {name}")
+    if options.check and (found := report.differences(text, table)):
+        print(f"{name} is out of date: {'; '.join(found)}. Run make test-aot ARGS=--write")
+        return 1
+    return 0
+
+
+def _give_up(reason: str) -> int:
+    print(f"python -m dsv3_kernels.aot: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

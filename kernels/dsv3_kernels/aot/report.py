@@ -1,0 +1,71 @@
+"""The costs of the kernels as a Markdown table, in a README between two marks."""
+
+from collections.abc import Iterable
+
+from dsv3_kernels.aot.judge import Cost
+
+BEGIN = "<!-- The table up to the next mark is written by `make test-aot ARGS=--write`. -->"
+END = "<!-- End of the table of compiled kernels. -->"
+
+# Columns of the loop: the opcodes that are counted together. STG counts what is stored past shared memory.
+LOOP_COLUMNS = {
+    "MMA": ("QGMMA", "HGMMA"),
+    "FFMA": ("FFMA", "FFMA2"),
+    "FMUL": ("FMUL", "FMUL2"),
+    "MUFU": ("MUFU",),
+    "F2FP": ("F2FP",),
+    "SHFL": ("SHFL",),
+    "LDS": ("LDS", "LDSM"),
+    "STS": ("STS", "STSM"),
+    "LDG": ("LDG",),
+    "STG": ("STG",),
+    "BAR": ("BAR",),
+    "SYNCS": ("SYNCS",),
+}
+KERNEL_COLUMNS = {"UTMALDG": ("UTMALDG",), "UTMASTG": ("UTMASTG", "UTMAREDG")}
+HEADER = [
+    "case", "registers", "spilled B", "shared B", "loop", *LOOP_COLUMNS, *(f"{name} in all" for name in KERNEL_COLUMNS)
+]  # fmt: skip
+
+
+def table(costs: Iterable[tuple[str, Cost]]) -> str:
+    """One row a case; `loop` is how many instructions the inner loop has, - where there is none."""
+    rows: list[list[str | int]] = [[*HEADER], ["---", *["---:"] * (len(HEADER) - 1)]]
+    for name, cost in costs:
+        loop: list[str | int] = ["-"] * (1 + len(LOOP_COLUMNS))
+        if cost.loop is not None:
+            loop = [cost.loop.total(), *(_sum(cost.loop, opcodes) for opcodes in LOOP_COLUMNS.values())]
+        whole = [_sum(cost.kernel, opcodes) for opcodes in KERNEL_COLUMNS.values()]
+        rows.append([name, cost.registers, cost.spill_bytes, cost.shared_bytes, *loop, *whole])
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def insert(readme: str, table: str) -> str:
+    """The README with the table between the marks, which are appended where they are missing."""
+    if BEGIN not in readme or END not in readme:
+        return f"{readme.rstrip()}\n\n{BEGIN}\n{table}\n{END}\n".lstrip()
+    before, _, rest = readme.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+
+
+def differences(readme: str, table: str) -> list[str]:
+    """In what the README's table has other columns or other cases than `table`; numbers may differ."""
+    if BEGIN not in readme or END not in readme:
+        return ["it has no table of compiled kernels"]
+    written, actual = _structure(readme.partition(BEGIN)[2].partition(END)[0]), _structure(table)
+    if written[:1] != actual[:1]:
+        return ["its table has other columns"]
+    return [
+        *(f"its table lacks {name}" for name in actual[1:] if name not in written),
+        *(f"its table has {name}, which is no case" for name in written[1:] if name not in actual),
+    ]
+
+
+def _structure(table: str) -> list[str]:
+    """The header and the names of the cases."""
+    lines = [line for line in table.strip().splitlines() if not line.startswith("| ---")]
+    return [line if index == 0 else line.split("|")[1].strip() for index, line in enumerate(lines)]
+
+
+def _sum(counts: dict[str, int], opcodes: tuple[str, ...]) -> int:
+    return sum(counts.get(opcode, 0) for opcode in opcodes)
