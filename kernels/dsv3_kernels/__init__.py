@@ -7,14 +7,27 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dsv3_kernels.casts.api import cast_blocks, cast_tokens, requantize_transposed, swiglu_cast
     from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
 
-__all__ = ["QTensor", "dequantize_tiles", "quantize_tiles"]
+__all__ = [
+    "QTensor",
+    "cast_blocks",
+    "cast_tokens",
+    "dequantize_tiles",
+    "quantize_tiles",
+    "requantize_transposed",
+    "swiglu_cast",
+]
 
 _HOME = {
     "QTensor": "quantize",
+    "cast_blocks": "casts.api",
+    "cast_tokens": "casts.api",
     "dequantize_tiles": "quantize",
     "quantize_tiles": "quantize",
+    "requantize_transposed": "casts.api",
+    "swiglu_cast": "casts.api",
 }
 
 

@@ -108,12 +108,17 @@ def test_ue8m0_scales_are_powers_of_two_that_never_clip():
     assert (q.scales < 2 * plain.scales).all()
 
 
-def test_non_finite_input_shows_in_the_scale():
-    x = np.ones((4, 256), np.float32)
-    x[1, 5], x[2, 200] = np.nan, np.inf
-    scales = quantize_tiles(x, tile=(128, 128)).scales
-    assert np.isnan(scales[0, 0])
-    assert np.isinf(scales[0, 1])
+@pytest.mark.parametrize("scale", ["float32", "ue8m0"])
+@pytest.mark.parametrize("form", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("tile", [(1, 128), (128, 128)])
+def test_non_finite_input_shows_in_the_scale(tile, form, scale):
+    x = np.ones((16, 512), np.float32)
+    x[3, 5], x[3, 200] = np.nan, np.inf
+    scales = np.asarray(quantize_tiles(form(x), tile=tile, scale=scale).scales)
+    row = 3 // tile[0]
+    assert np.isnan(scales[row, 0])
+    assert np.isinf(scales[row, 1])
+    assert np.isfinite(scales).sum() == scales.size - 2
 
 
 def test_refuses_scales_of_another_tile_size():
