@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dsv3_kernels.casts.api import cast_blocks, cast_tokens, requantize_transposed, swiglu_cast
+    from dsv3_kernels.gemm.api import fp8_gemm
+    from dsv3_kernels.grouped_gemm.api import grouped_fp8_gemm, grouped_fp8_gemm_k, grouped_fp8_gemm_masked
     from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
 
 __all__ = [
@@ -15,6 +17,10 @@ __all__ = [
     "cast_blocks",
     "cast_tokens",
     "dequantize_tiles",
+    "fp8_gemm",
+    "grouped_fp8_gemm",
+    "grouped_fp8_gemm_k",
+    "grouped_fp8_gemm_masked",
     "quantize_tiles",
     "requantize_transposed",
     "swiglu_cast",
@@ -25,6 +31,10 @@ _HOME = {
     "cast_blocks": "casts.api",
     "cast_tokens": "casts.api",
     "dequantize_tiles": "quantize",
+    "fp8_gemm": "gemm.api",
+    "grouped_fp8_gemm": "grouped_gemm.api",
+    "grouped_fp8_gemm_k": "grouped_gemm.api",
+    "grouped_fp8_gemm_masked": "grouped_gemm.api",
     "quantize_tiles": "quantize",
     "requantize_transposed": "casts.api",
     "swiglu_cast": "casts.api",

@@ -1,0 +1,140 @@
+"""FP8 GEMMs of many groups in one call: the products of a mixture of experts, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from dsv3_kernels import dispatch
+from dsv3_kernels.grouped_gemm import reference, xla
+from dsv3_kernels.operands import (
+    BLOCK,
+    check_contraction,
+    check_output_dtype,
+    checked_accumulator,
+    checked_groups,
+    checked_operand,
+)
+from dsv3_kernels.quantize import QTensor
+
+FORMS = {"reference": reference.grouped_fp8_gemm, "xla": xla.grouped_fp8_gemm}
+MASKED_FORMS = {"reference": reference.grouped_fp8_gemm_masked, "xla": xla.grouped_fp8_gemm_masked}
+K_FORMS = {"reference": reference.grouped_fp8_gemm_k, "xla": xla.grouped_fp8_gemm_k}
+
+
+def grouped_fp8_gemm(
+    a: QTensor,
+    b: QTensor,
+    block_group: ArrayLike,
+    *,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    implementation: str | None = None,
+) -> Float[Array, "M N"]:
+    """Multiplies each block of 128 rows of a [M, K] by its group's b[g]ᵀ (training, prefill).
+
+    Args:
+        a: values [M, K] with M a multiple of 128, scales [M, ceil(K/128)]. Pad a group's rows to full blocks.
+        b: values [G, N, K], scales [G, ceil(N/128), ceil(K/128)].
+        block_group: int32 [M/128], the group of each block, in any order; -1 skips it. Other ids outside 0..G-1 are
+            not detected.
+        out_dtype: bfloat16 or float32.
+        implementation: None for the fastest that runs here, or "reference", "xla", "pallas".
+    Returns: [M, N]; rows of skipped blocks are zeros, whatever `a` holds there.
+    Raises:
+        ValueError: shapes or dtypes that do not fit, with the remedy.
+        NotImplementedError: a form that cannot serve these inputs or this device.
+    """
+    op = "grouped_fp8_gemm"
+    a = checked_operand(op, "a", a, rank=2, row_tiles=(1,))
+    b = checked_operand(op, "b", b, rank=3, row_tiles=(BLOCK,))
+    check_contraction(op, a, b)
+    check_output_dtype(op, out_dtype)
+    M = a.values.shape[0]
+    if M % BLOCK:
+        raise ValueError(
+            f"{op}: a has M={M} rows, which is no multiple of {BLOCK}; pad each group's rows to full blocks of {BLOCK}."
+        )
+    ids = checked_groups(op, "block_group", block_group, length=M // BLOCK, rule=f"block of {BLOCK} rows of a")
+    return dispatch.run(op, FORMS, implementation, a, b, ids, out_dtype=out_dtype)
+
+
+def grouped_fp8_gemm_masked(
+    a: QTensor,
+    b: QTensor,
+    valid_rows: ArrayLike,
+    *,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    implementation: str | None = None,
+) -> Float[Array, "G M N"]:
+    """Multiplies the first valid_rows[g] rows of a[g] by b[g]ᵀ: static shapes for decoding.
+
+    Rows at or past valid_rows[g] come out as zeros in every form. Writing them costs 2 N bytes a row and no reading;
+    left as they were they would be whatever the memory held, and a NaN there survives a combination weight of zero.
+    Keep M near the rows that can arrive.
+
+    Args:
+        a: values [G, M, K], scales [G, M, ceil(K/128)]; M may be any size.
+        b: values [G, N, K], scales [G, ceil(N/128), ceil(K/128)].
+        valid_rows: int32 [G], 0 <= valid_rows[g] <= M.
+        out_dtype: bfloat16 or float32.
+        implementation: None for the fastest that runs here, or "reference", "xla", "pallas".
+    Returns: [G, M, N].
+    Raises:
+        ValueError: shapes or dtypes that do not fit, with the remedy.
+        NotImplementedError: a form that cannot serve these inputs or this device.
+    """
+    op = "grouped_fp8_gemm_masked"
+    a = checked_operand(op, "a", a, rank=3, row_tiles=(1,))
+    b = checked_operand(op, "b", b, rank=3, row_tiles=(BLOCK,))
+    check_contraction(op, a, b)
+    check_output_dtype(op, out_dtype)
+    if a.values.shape[0] != b.values.shape[0]:
+        raise ValueError(
+            f"{op}: a.values {a.values.shape} and b.values {b.values.shape} differ in G, the first axis of both; "
+            "pass one slab of rows a group."
+        )
+    counts = checked_groups(op, "valid_rows", valid_rows, length=a.values.shape[0], rule="group")
+    return dispatch.run(op, MASKED_FORMS, implementation, a, b, counts, out_dtype=out_dtype)
+
+
+def grouped_fp8_gemm_k(
+    a: QTensor,
+    b: QTensor,
+    block_group: ArrayLike,
+    *,
+    num_groups: int,
+    accumulate_into: ArrayLike | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "G M N"]:
+    """Sums a · bᵀ over each group's blocks of the contraction: weight gradients of experts.
+
+    Args:
+        a: values [M, K] with K a multiple of 128, scales [M, K/128].
+        b: values [N, K], scales [N, K/128] (1x128 along the contraction, as a).
+        block_group: int32 [K/128], the group of each 128 elements of K; blocks of one group lie side by side; -1 skips.
+            Other ids outside 0..num_groups-1 are not detected.
+        num_groups: G.
+        accumulate_into: float32 [G, M, N] that the sums are added to. Donate it to reuse its memory.
+        implementation: None for the fastest that runs here, or "reference", "xla", "pallas".
+    Returns: float32 [G, M, N]; a group without blocks gives zeros, or what it accumulates into.
+    Raises:
+        ValueError: shapes or dtypes that do not fit, with the remedy.
+        NotImplementedError: a form that cannot serve these inputs or this device.
+    """
+    op = "grouped_fp8_gemm_k"
+    a = checked_operand(op, "a", a, rank=2, row_tiles=(1,))
+    b = checked_operand(op, "b", b, rank=2, row_tiles=(1,))
+    check_contraction(op, a, b)
+    K = a.values.shape[1]
+    if K % BLOCK:
+        raise ValueError(
+            f"{op}: K={K} is no multiple of {BLOCK}; pad each group's part of the contraction with zeros to full "
+            f"blocks of {BLOCK}."
+        )
+    if num_groups < 1:
+        raise ValueError(f"{op}: num_groups={num_groups} must be at least 1.")
+    ids = checked_groups(op, "block_group", block_group, length=K // BLOCK, rule=f"{BLOCK} elements of K")
+    if accumulate_into is not None:
+        shape = (num_groups, a.values.shape[0], b.values.shape[0])
+        accumulate_into = checked_accumulator(op, accumulate_into, shape=shape)
+    return dispatch.run(op, K_FORMS, implementation, a, b, ids, num_groups=num_groups, accumulate_into=accumulate_into)
