@@ -9,8 +9,6 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 import dsv3_kernels
 
 FP8_MMA = r"QGMMA\.\d+x\d+x32\.F32\.E4M3\.E4M3"
@@ -29,7 +27,8 @@ class AotCase(NamedTuple):
     name: str
     """The op and its tile, such as "fp8_gemm 128x128x128 s4"; unique over all ops, the first column of the table."""
     function: Callable[..., Any]
-    args: tuple[jax.ShapeDtypeStruct, ...]
+    args: tuple[Any, ...]
+    """Shapes and dtypes: `jax.ShapeDtypeStruct` or trees of them."""
     must_contain: tuple[str, ...]
     must_not_contain: tuple[str, ...] = ()
     max_shared_bytes: int = 232448
