@@ -1,5 +1,7 @@
 """`fp8_gemm`: out = a · bᵀ of E4M3 operands with a scale per 128 elements of the contraction."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -16,7 +18,15 @@ from dsv3_kernels.operands import (
 )
 from dsv3_kernels.quantize import QTensor
 
-FORMS = {"reference": reference.fp8_gemm, "xla": xla.fp8_gemm}
+
+def _pallas(*args: Any, **kwargs: Any) -> Array:
+    """The form for Hopper, in a module that needs jax 0.11.2 and loads when first used."""
+    from dsv3_kernels.gemm import pallas_sm90
+
+    return pallas_sm90.fp8_gemm(*args, **kwargs)
+
+
+FORMS = {"reference": reference.fp8_gemm, "xla": xla.fp8_gemm, "pallas": _pallas}
 
 
 def fp8_gemm(

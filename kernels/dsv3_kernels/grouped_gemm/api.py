@@ -1,5 +1,8 @@
 """FP8 GEMMs of many groups in one call: the products of a mixture of experts, forward and backward."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -17,9 +20,33 @@ from dsv3_kernels.operands import (
 )
 from dsv3_kernels.quantize import QTensor
 
-FORMS = {"reference": reference.grouped_fp8_gemm, "xla": xla.grouped_fp8_gemm}
-MASKED_FORMS = {"reference": reference.grouped_fp8_gemm_masked, "xla": xla.grouped_fp8_gemm_masked}
-K_FORMS = {"reference": reference.grouped_fp8_gemm_k, "xla": xla.grouped_fp8_gemm_k}
+
+def _pallas(op: str) -> Callable[..., Array]:
+    """The form for Hopper, in a module that needs jax 0.11.2 and loads when first used."""
+
+    def form(*args: Any, **kwargs: Any) -> Array:
+        from dsv3_kernels.grouped_gemm import pallas_sm90
+
+        return getattr(pallas_sm90, op)(*args, **kwargs)
+
+    return form
+
+
+FORMS = {
+    "reference": reference.grouped_fp8_gemm,
+    "xla": xla.grouped_fp8_gemm,
+    "pallas": _pallas("grouped_fp8_gemm"),
+}
+MASKED_FORMS = {
+    "reference": reference.grouped_fp8_gemm_masked,
+    "xla": xla.grouped_fp8_gemm_masked,
+    "pallas": _pallas("grouped_fp8_gemm_masked"),
+}
+K_FORMS = {
+    "reference": reference.grouped_fp8_gemm_k,
+    "xla": xla.grouped_fp8_gemm_k,
+    "pallas": _pallas("grouped_fp8_gemm_k"),
+}
 
 
 def grouped_fp8_gemm(

@@ -1,1 +1,0 @@
-"""MLA decoding over a paged cache of latent rows; the op is `dsv3_kernels.mla_decode`."""

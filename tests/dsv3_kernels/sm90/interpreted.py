@@ -1,0 +1,120 @@
+"""Runs FP8 GEMM kernels in Pallas's interpreter of a GPU, and prints one JSON object a case.
+
+A program of its own: an interpreted kernel that is wrong can hang, and its process has to be ended from outside.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_kernels.gemm import pallas_sm90 as gemm
+from dsv3_kernels.gemm import reference
+from dsv3_kernels.grouped_gemm import pallas_sm90 as grouped
+from dsv3_kernels.grouped_gemm import reference as grouped_reference
+from dsv3_kernels.quantize import QTensor, quantize_tiles
+from dsv3_kernels.sm90.tile import Tile
+
+rng = np.random.default_rng()
+Result = tuple[jax.Array, jax.Array]
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def params() -> Any:
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def dense(m: int, n: int, k: int, tile: Tile, *, by_row: bool = False, adds: bool = False, sms: int = 2) -> Result:
+    a = quantize_tiles(normal(m, k), tile=(1, 128))
+    b = quantize_tiles(normal(n, k), tile=(1 if by_row else 128, 128))
+    options = {
+        "out_dtype": jnp.float32 if by_row else jnp.bfloat16,
+        "accumulate_into": normal(m, n) if adds else None,
+    }
+    out = gemm.fp8_gemm(a, b, **options, tile=tile, num_sms=sms, interpret=params())
+    return out, reference.fp8_gemm(a, b, **options)
+
+
+def contiguous(groups: list[int], n: int, k: int, tile: Tile, sms: int = 2) -> Result:
+    a = quantize_tiles(normal(128 * len(groups), k), tile=(1, 128))
+    b = quantize_tiles(normal(max(groups) + 1, n, k), tile=(128, 128))
+    args = (a, b, jnp.asarray(groups, jnp.int32))
+    out = grouped.grouped_fp8_gemm(*args, out_dtype=jnp.bfloat16, tile=tile, num_sms=sms, interpret=params())
+    return out, grouped_reference.grouped_fp8_gemm(*args, out_dtype=jnp.bfloat16)
+
+
+def masked(valid: list[int], m: int, n: int, k: int, tile: Tile, sms: int = 2) -> Result:
+    """Rows that do not count have NaN scales."""
+    a = quantize_tiles(normal(len(valid), m, k), tile=(1, 128))
+    b = quantize_tiles(normal(len(valid), n, k), tile=(128, 128))
+    lists = jnp.asarray(valid, jnp.int32)
+    want = grouped_reference.grouped_fp8_gemm_masked(a, b, lists, out_dtype=jnp.bfloat16)
+    counts = jnp.arange(m)[None, :, None] < lists[:, None, None]
+    a = QTensor(a.values, jnp.where(counts, a.scales, jnp.nan))
+    options = {"out_dtype": jnp.bfloat16, "tile": tile, "num_sms": sms, "interpret": params()}
+    return grouped.grouped_fp8_gemm_masked(a, b, lists, **options), want
+
+
+def contraction(groups: list[int], total: int, m: int, n: int, tile: Tile, *, adds: bool, sms: int = 2) -> Result:
+    k = 128 * len(groups)
+    a, b = quantize_tiles(normal(m, k), tile=(1, 128)), quantize_tiles(normal(n, k), tile=(1, 128))
+    args = (a, b, jnp.asarray(groups, jnp.int32))
+    options = {"num_groups": total, "accumulate_into": normal(total, m, n) if adds else None}
+    out = grouped.grouped_fp8_gemm_k(*args, **options, tile=tile, num_sms=sms, interpret=params())
+    return out, grouped_reference.grouped_fp8_gemm_k(*args, **options)
+
+
+CASES: dict[str, Callable[[], Result]] = {
+    "more tiles than blocks": lambda: dense(136, 192, 384, Tile(128, 64, 2), sms=1),
+    "two waves, multicast of a": lambda: dense(256, 256, 256, Tile(256, 128, 2, "n")),
+    "few rows, split contraction": lambda: dense(97, 64, 640, Tile(64, 64, 2, split_k=2)),
+    "weight gradient, multicast of b, added": lambda: dense(
+        250, 130, 256, Tile(128, 64, 3, "m"), by_row=True, adds=True
+    ),
+    "skipped blocks": lambda: contiguous([1, -1, 0], 136, 256, Tile(128, 64, 2, "n")),
+    "empty and partial groups": lambda: masked([0, 70, 1], 136, 64, 128, Tile(128, 64, 2)),
+    "empty groups of the contraction, added": lambda: contraction(
+        [1, 1, 3, -1], 4, 97, 64, Tile(128, 64, 2), adds=True
+    ),
+    # The slow ones
+    "one row": lambda: dense(1, 192, 256, Tile(64, 128, 4)),
+    "a row past the last tile": lambda: dense(1025, 64, 128, Tile(256, 64, 2), sms=2),
+    "three scales in a tile": lambda: dense(64, 528, 256, Tile(128, 176, 2)),
+    "odd cluster": lambda: dense(128, 192, 256, Tile(128, 64, 2, "n")),
+    "split contraction with empty parts": lambda: dense(64, 64, 640, Tile(64, 64, 2, split_k=4)),
+    "weight gradient": lambda: dense(130, 97, 384, Tile(128, 160, 2), by_row=True),
+    "one group": lambda: contiguous([0], 64, 128, Tile(128, 64, 2)),
+    "all blocks skipped": lambda: contiguous([0, -1], 64, 128, Tile(128, 64, 2), sms=1),
+    "all groups empty": lambda: masked([0, 0], 64, 64, 128, Tile(64, 64, 2)),
+    "full groups": lambda: masked([130, 130], 130, 200, 256, Tile(128, 160, 2, "n"), sms=4),
+    "groups of the contraction": lambda: contraction([0, 1], 2, 64, 136, Tile(128, 96, 2, "m"), adds=False),
+}
+NUM_FAST = 7
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        out, want = CASES[name]()
+        scale = max(float(jnp.abs(want.astype(jnp.float32)).max()), 1e-30)
+        error = jnp.abs(out.astype(jnp.float32) - want.astype(jnp.float32))
+        report = {
+            "name": name,
+            "agree": out.shape == want.shape and out.dtype == want.dtype,
+            "error": float(error.max()) / scale,
+            "bound": 2**-8 if out.dtype == jnp.bfloat16 else 1e-6,
+            "races": interpret_pallas_call.get_races().races_found,
+        }
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
