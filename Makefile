@@ -5,7 +5,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-slow test-all test-aot lint bench clean
+.PHONY: help setup train test test-slow test-all test-aot gpu lint bench clean
 
 PYTHON ?=
 VENV ?= $(if $(PYTHON),.venv-$(notdir $(PYTHON)),.venv)
@@ -27,6 +27,11 @@ AOT_STAMP := $(AOT_VENV)/.installed
 AOT_PACKAGES := jax jaxtyping ml_dtypes numpy
 AOT_PLUGINS := jax-cuda13-pjrt jax-cuda13-plugin
 AOT_COMPILERS := nvidia-cuda-nvcc nvidia-cuda-nvdisasm nvidia-nvvm
+
+# So are they run, with CUDA's libraries; where the driver sees no GPU nothing is installed for one.
+GPU_VENV := $(VENV)-gpu
+GPU_STAMP := $(GPU_VENV)/.installed
+GPU_PACKAGES := "jax[cuda13]; python_version >= '3.12'" "jax[cuda12]; python_version < '3.12'" jaxtyping ml_dtypes numpy
 
 # Compiled XLA programs are kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -51,6 +56,11 @@ test-all: $(STAMP) ## all tests, under 45 minutes on 2 cores
 
 test-aot: $(AOT_STAMP) ## compile every kernel for H100 without one; ARGS=--write renews the table in kernels/README.md
 	PYTHONPATH=kernels $(AOT_VENV)/bin/python -m dsv3_kernels.aot $(or $(ARGS),--check)
+
+gpu: $(STAMP) ## check every kernel on this machine's GPU, then measure its speed into kernels/results/; under ten minutes
+	@set -e; export PYTHONPATH=kernels; python=$(PY); \
+	if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) --no-print-directory $(GPU_STAMP); python=$(GPU_VENV)/bin/python; fi; \
+	$$python -m dsv3_kernels.check; $$python -m dsv3_kernels.bench $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	$(PY) -m ruff check .
@@ -98,4 +108,9 @@ $(AOT_STAMP): constraints.txt
 	@$(call make_venv,$(AOT_VENV))
 	@$(AOT_VENV)/bin/python $(PIP_INSTALL) $(AOT_PACKAGES) $(foreach name,$(AOT_PLUGINS),"$(name); python_version >= '3.12'")
 	@$(AOT_VENV)/bin/python $(PIP_INSTALL) --no-deps $(foreach name,$(AOT_COMPILERS),"$(name); python_version >= '3.12'")
+	@touch $@
+
+$(GPU_STAMP): constraints.txt
+	@$(call make_venv,$(GPU_VENV))
+	@$(GPU_VENV)/bin/python $(PIP_INSTALL) $(GPU_PACKAGES)
 	@touch $@

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dsv3_kernels.casts.api import cast_blocks, cast_tokens, requantize_transposed, swiglu_cast
+    from dsv3_kernels.decode_attention.api import mla_decode
     from dsv3_kernels.gemm.api import fp8_gemm
     from dsv3_kernels.grouped_gemm.api import grouped_fp8_gemm, grouped_fp8_gemm_k, grouped_fp8_gemm_masked
+    from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows, unpack_fp8_cache_rows
     from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
 
 __all__ = [
@@ -21,9 +23,12 @@ __all__ = [
     "grouped_fp8_gemm",
     "grouped_fp8_gemm_k",
     "grouped_fp8_gemm_masked",
+    "mla_decode",
+    "pack_fp8_cache_rows",
     "quantize_tiles",
     "requantize_transposed",
     "swiglu_cast",
+    "unpack_fp8_cache_rows",
 ]
 
 _HOME = {
@@ -35,9 +40,12 @@ _HOME = {
     "grouped_fp8_gemm": "grouped_gemm.api",
     "grouped_fp8_gemm_k": "grouped_gemm.api",
     "grouped_fp8_gemm_masked": "grouped_gemm.api",
+    "mla_decode": "decode_attention.api",
+    "pack_fp8_cache_rows": "latent_cache.fp8_rows",
     "quantize_tiles": "quantize",
     "requantize_transposed": "casts.api",
     "swiglu_cast": "casts.api",
+    "unpack_fp8_cache_rows": "latent_cache.fp8_rows",
 }
 
 

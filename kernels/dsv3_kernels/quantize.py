@@ -12,10 +12,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
 
+from dsv3_kernels.scales import E4M3_MAX, reciprocal_of, scale_of
+
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-E4M3_MAX = 448.0
-AMAX_FLOOR = 1e-4
-"""A tile's largest magnitude counts as at least this, so that a tile of zeros has a scale."""
 
 _TABLE = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 
@@ -53,13 +52,10 @@ def quantize_tiles(
         raise ValueError(f"scale={scale!r} is unknown; use 'float32' or 'ue8m0'.")
     xp = x.__array_namespace__()
     tiles = _tiles(x.astype(np.float32), tile)
-    amax = _amax(tiles)
-    scales = _opaque(amax / _opaque(xp.full_like(amax, E4M3_MAX)))
-    if scale == "ue8m0":
-        scales = _ceil_to_power_of_two(scales)
-    with np.errstate(invalid="ignore"):  # inf / inf: the scale tells
-        scaled = tiles * _opaque(np.float32(1.0) / scales)[..., :, None, :, None]
-    values = xp.clip(scaled, np.float32(-E4M3_MAX), np.float32(E4M3_MAX)).astype(E4M3)
+    scales = scale_of(_amax(tiles), scale)
+    with np.errstate(invalid="ignore"):  # a NaN: the scale tells
+        scaled = tiles * reciprocal_of(scales)[..., :, None, :, None]
+        values = xp.clip(scaled, np.float32(-E4M3_MAX), np.float32(E4M3_MAX)).astype(E4M3)
     return QTensor(_untile(values, x.shape), scales)
 
 
@@ -84,14 +80,12 @@ def dequantize_tiles(
 
 
 def _amax(tiles: Any) -> Any:
-    """The largest magnitude of each tile, at least AMAX_FLOOR; not finite if one number is not.
+    """The largest magnitude of each tile; not finite if one number is not.
 
     Compares bits, which order magnitudes with infinity and then NaN on top. XLA's maximum of floats on CPUs loses NaNs
     in some shapes: with jaxlib 0.12.0.1 that of [16, 1, 4, 128] over its last axis.
     """
-    xp = tiles.__array_namespace__()
-    magnitudes = tiles.view(np.int32) & np.int32(0x7FFFFFFF)
-    return xp.maximum(xp.max(magnitudes, axis=(-3, -1)), np.float32(AMAX_FLOOR).view(np.int32)).view(np.float32)
+    return (tiles.view(np.int32) & np.int32(0x7FFFFFFF)).max(axis=(-3, -1)).view(np.float32)
 
 
 def _to_float32(values: Any) -> Any:
@@ -114,21 +108,3 @@ def _untile(tiles: Any, shape: tuple[int, ...]) -> Any:
     """Inverse of `_tiles`: drops the fill."""
     *batch, num_rows, r, num_columns, c = tiles.shape
     return tiles.reshape(*batch, num_rows * r, num_columns * c)[..., : shape[-2], : shape[-1]]
-
-
-def _ceil_to_power_of_two(scales: Any) -> Any:
-    """UE8M0: biased exponent + 1 if the mantissa is not zero, within 1..254; what is not finite stays so."""
-    xp = scales.__array_namespace__()
-    bits = scales.view(np.int32)
-    exponent = (bits >> np.int32(23)) + (bits & np.int32(0x7FFFFF) != np.int32(0)).astype(np.int32)
-    powers = (xp.clip(exponent, np.int32(1), np.int32(254)) << np.int32(23)).view(np.float32)
-    return xp.where(xp.isfinite(scales), powers, scales)
-
-
-def _opaque(x: Any) -> Any:
-    """The same numbers, of which XLA cannot see the origin.
-
-    It would turn x / 448 into x * (1 / 448), which has another last bit for half of all x, and 1 / (x / 448) into
-    448 / x.
-    """
-    return jax.lax.optimization_barrier(x) if isinstance(x, jax.Array) else x

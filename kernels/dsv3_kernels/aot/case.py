@@ -28,7 +28,7 @@ class AotCase(NamedTuple):
     """The op and its tile, such as "fp8_gemm 128x128x128 s4"; unique over all ops, the first column of the table."""
     function: Callable[..., Any]
     args: tuple[Any, ...]
-    """Trees of `jax.ShapeDtypeStruct`."""
+    """Shapes and dtypes: `jax.ShapeDtypeStruct` or trees of them."""
     must_contain: tuple[str, ...]
     must_not_contain: tuple[str, ...] = ()
     max_shared_bytes: int = 232448

@@ -1,8 +1,12 @@
 """Casts to E4M3 in tiles that share one scale, fused with the step before (report sections 3.3 and 3.5.2).
 
 Activations are cast in tiles of 1x128, weights in blocks of 128x128; Wgrad takes tiles of 1x128 along the tokens, for
-which the stored activation is dequantised, transposed and cast again. All forms give the bits of `quantize_tiles`.
+which the stored activation is dequantised, transposed and cast again. All forms give the bits of `quantize_tiles`, but
+for the exponential function of `swiglu_cast` and the sign of a NaN, which are the backend's.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +29,8 @@ def cast_tokens(x: Float[Array, "*batch M K"], *, scale: str = "float32", implem
     Returns: values [..., M, K], scales [..., M, ceil(K / 128)]. A NaN or infinity makes one tile's scale non-finite.
     Raises:
         ValueError: another dtype, fewer than two axes, an unknown `scale` or `implementation`.
-        NotImplementedError: "pallas" where it cannot run.
+        NotImplementedError: "pallas" where it cannot run, or for shapes it does not take: K must be a multiple of 128,
+            and M K / 128 of 8.
     """
     _check_floats("cast_tokens", "x", x)
     _check_scale(scale)
@@ -94,10 +99,18 @@ def cast_blocks(w: Float[Array, "*batch N K"], *, scale: str = "float32", implem
     return dispatch.run("cast_blocks", _forms("cast_blocks"), implementation, w, scale=scale)
 
 
-def _forms(name: str) -> dict:
+def _forms(name: str) -> dict[str, Callable[..., QTensor]]:
     """XLA fuses the reference as it stands, so that both names mean one form."""
     plain = getattr(reference, name)
-    return {"reference": plain, "xla": plain}
+    return {"reference": plain, "xla": plain, "pallas": functools.partial(_pallas, name)}
+
+
+def _pallas(name: str, *args, **kwargs) -> QTensor:
+    """Loads Pallas when it is needed: older jax lacks what the kernels use."""
+    from dsv3_kernels.casts import pallas_sm90, pallas_sm90_transpose
+
+    module = pallas_sm90_transpose if name == "requantize_transposed" else pallas_sm90
+    return getattr(module, name)(*args, **kwargs)
 
 
 def _check_floats(op: str, name: str, x: jax.Array) -> None:

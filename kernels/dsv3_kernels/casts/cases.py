@@ -1,5 +1,6 @@
 """The shapes the casts are tested, compiled and timed with: those of DeepSeek-V3, and ugly ones."""
 
+from collections.abc import Container
 from typing import NamedTuple
 
 
@@ -43,3 +44,10 @@ UGLY = [
     Case("cast_blocks", 97, 1025),
     Case("cast_blocks", 576, 200),
 ]
+
+
+def compiled(ops: Container[str]) -> list[tuple[Case, str]]:
+    """The real cases of `ops` that are compiled ahead of time, with their scales: powers of two for each op's first."""
+    real = [case for case in REAL if case.op in ops]
+    firsts = {case.op: case for case in reversed(real)}
+    return [(case, "float32") for case in real] + [(case, "ue8m0") for case in firsts.values()]

@@ -25,4 +25,4 @@ def fp8_gemm(
 
 def dequantized(q: QTensor) -> Float[Array, "*batch R K"]:
     """Float32 values of an operand whose rows share a scale alone or by 128."""
-    return dequantize_tiles(q, tile=(row_tile(q), BLOCK), dtype=jnp.float32)
+    return jnp.asarray(dequantize_tiles(q, tile=(row_tile(q), BLOCK), dtype=jnp.float32))

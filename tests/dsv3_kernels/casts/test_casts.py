@@ -1,5 +1,7 @@
 """The fused casts: their bits in every form, what survives a transposition, what a bad number spoils."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -44,6 +46,11 @@ def on_device(q):
     return jax.tree.map(jnp.asarray, q)
 
 
+@functools.cache
+def compiled(op: str):
+    return jax.jit(getattr(kernels, op), static_argnames="scale")
+
+
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
@@ -53,8 +60,7 @@ shapes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 def test_compiled_and_numpy_forms_have_the_same_bits(op, shape, seed, scale):
     """XLA may fuse, but not rewrite the divisions."""
     value = argument(op, random_matrix(seed, *shape))
-    compiled = jax.jit(getattr(kernels, op), static_argnames="scale")(on_device(value), scale=scale)
-    assert_same(compiled, getattr(reference, op)(value, scale=scale))
+    assert_same(compiled(op)(on_device(value), scale=scale), getattr(reference, op)(value, scale=scale))
 
 
 @pytest.mark.parametrize("case", [case for case in cases.UGLY if case.op != "swiglu_cast"], ids=str)
@@ -63,7 +69,7 @@ def test_ugly_shapes_have_the_bits_of_quantize_tiles(case):
     value = argument(case.op, x)
     tile = BLOCK if case.op == "cast_blocks" else TOKEN
     plain = dequantize_tiles(value, tile=TOKEN).T if case.op == "requantize_transposed" else x
-    assert_same(getattr(kernels, case.op)(on_device(value)), quantize_tiles(plain, tile=tile))
+    assert_same(compiled(case.op)(on_device(value)), quantize_tiles(plain, tile=tile))
 
 
 @pytest.mark.parametrize("scale", ["float32", "ue8m0"])
@@ -74,7 +80,7 @@ def test_swiglu_is_that_of_float32_before_the_cast(case, scale):
     gate, up = np.split(x.astype(np.float64), 2, axis=-1)
     product = gate / (1 + np.exp(-gate)) * up
     expected = quantize_tiles(product.astype(np.float32), tile=TOKEN, scale=scale)
-    for q in (kernels.swiglu_cast(jnp.asarray(x), scale=scale), reference.swiglu_cast(x, scale=scale)):
+    for q in (compiled("swiglu_cast")(jnp.asarray(x), scale=scale), reference.swiglu_cast(x, scale=scale)):
         np.testing.assert_allclose(q.scales, expected.scales, rtol=0 if scale == "ue8m0" else 4e-7)
         steps = np.abs(bits(q.values).astype(int) - bits(expected.values).astype(int))
         assert steps.max() <= 1
@@ -90,9 +96,9 @@ def test_swiglu_at_its_ends():
 @pytest.mark.parametrize("op", ["cast_tokens", "swiglu_cast", "cast_blocks"])
 def test_a_batch_is_its_members(op):
     x = jnp.stack([jnp.asarray(random_matrix(seed, 130, 260)) for seed in range(2)])[None]
-    batched = getattr(kernels, op)(x)
+    batched = compiled(op)(x)
     for index in range(2):
-        assert_same(QTensor(batched.values[0, index], batched.scales[0, index]), getattr(kernels, op)(x[0, index]))
+        assert_same(QTensor(batched.values[0, index], batched.scales[0, index]), compiled(op)(x[0, index]))
 
 
 @given(shape=shapes, seed=st.integers(0, 2**32 - 1))
@@ -129,7 +135,7 @@ def test_a_bad_number_spoils_its_tile_only(op, bad, scale):
     x = random_matrix(3, 256, 512, "float32")
     spoilt = x.copy()
     spoilt[130, 5] = bad
-    good, q = (getattr(kernels, op)(on_device(argument(op, each)), scale=scale) for each in (x, spoilt))
+    good, q = (compiled(op)(on_device(argument(op, each)), scale=scale) for each in (x, spoilt))
     differs = np.asarray((q.scales != good.scales) | jnp.isnan(q.scales))
     row, column = {"cast_blocks": (1, 0), "requantize_transposed": (slice(0, 128), 1)}.get(op, (130, 0))
     expected = np.zeros_like(differs)
@@ -142,7 +148,7 @@ def test_a_bad_number_spoils_its_tile_only(op, bad, scale):
 
 def test_tiny_and_huge_tiles():
     x = jnp.concatenate([jnp.full((1, 128), value, jnp.float32) for value in (0.0, 1e-6, 3e38)], axis=1)
-    q = kernels.cast_tokens(x)
+    q = compiled("cast_tokens")(x)
     floor = np.float32(1e-4) / np.float32(448)
     np.testing.assert_array_equal(q.scales, [[floor, floor, np.float32(3e38) / np.float32(448)]])
     np.testing.assert_array_equal(q.values.astype(jnp.float32)[0, [0, 128, 256]], [0.0, 4.5, 448.0])

@@ -1,0 +1,90 @@
+"""Dequantise, transpose, requantise for Hopper: one read and one write of a byte an element.
+
+A warpgroup takes 128 tokens of 128 channels. E4M3 is exact in float16, which is what Hopper transposes on its way from
+shared memory (ldmatrix.trans; there is none for bytes), so the tile is widened, stored, and read back transposed. In
+the transposed tile a row is one channel: it is scaled by the tokens' scales, reduced by shuffles, rounded, and leaves
+through shared memory by TMA, half of the channels at a time to spare registers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_kernels.aot.case import AotCase
+from dsv3_kernels.casts import cases
+from dsv3_kernels.casts.pallas_rounding import MOSAIC, round_rows, row_layout, swizzled
+from dsv3_kernels.quantize import QTensor
+
+TILE, HALF = 128, 64
+MUST_CONTAIN = (r"LDSM\.16\.MT88\.4", r"F2FP\.SATFINITE\.E4M3", r"UTMASTG")
+"""Transposition while loading from shared memory, the conversion in hardware, the store by TMA."""
+
+
+def requantize_transposed(q: QTensor, *, scale: str, interpret: object = None) -> QTensor:
+    """The Hopper form of `api.requantize_transposed`.
+
+    Raises: NotImplementedError if M or K is no multiple of 128.
+    """
+    M, K = q.values.shape
+    if not q.values.size or M % 128 or K % 128:
+        raise NotImplementedError(f"M={M} or K={K} is no positive multiple of 128")
+    loaded, turned = row_layout(jnp.bfloat16), plgpu.Layout.WGMMA
+
+    def body(values_ref, scales_ref, out_ref, out_scales_ref, wide_ref, token_scales_ref, half_ref):
+        k, m = lax.axis_index("k"), lax.axis_index("m")
+        tokens = pl.ds(m * TILE, TILE)
+        values = plgpu.load(values_ref.at[tokens, pl.ds(k * TILE, TILE)], layout=loaded)
+        token_scales = plgpu.load(scales_ref.at[tokens, k], layout=loaded.reduce(1), optimized=False)
+        plgpu.store(wide_ref, values.astype(jnp.float16))
+        plgpu.store(token_scales_ref, token_scales, optimized=False)
+        token_scales = plgpu.load(token_scales_ref, layout=turned.reduce(0), optimized=False)
+        for half in range(2):
+            channels = pl.ds(k * TILE + half * HALF, HALF)
+            x = plgpu.load(wide_ref.at[:, pl.ds(half * HALF, HALF)].T, layout=turned).astype(jnp.float32)
+            x = x * plgpu.layout_cast(lax.broadcast_in_dim(token_scales, x.shape, [1]), turned)
+            rounded, channel_scales = round_rows(x, jnp.max(jnp.abs(x), axis=1), scale, turned)
+            plgpu.store(half_ref.at[half], rounded)
+            plgpu.store(out_scales_ref.at[channels, m], channel_scales, optimized=False)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(half_ref.at[half], out_ref.at[channels, tokens])
+        plgpu.wait_smem_to_gmem(0)
+
+    values, scales = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((K, M), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((K, M // 128), jnp.float32),
+        ),
+        grid=(K // TILE, M // TILE),
+        grid_names=("k", "m"),
+        scratch_types=[
+            swizzled((TILE, TILE), jnp.float16),
+            plgpu.SMEM((TILE,), jnp.float32),
+            swizzled((2, HALF, TILE), jnp.float8_e4m3fn),
+        ],
+        compiler_params=MOSAIC,
+        interpret=interpret,
+    )(q.values, q.scales)
+    return QTensor(values, scales)
+
+
+def aot_cases() -> list[AotCase]:
+    """Every real shape with scales of float32, and one with powers of two."""
+    return [
+        AotCase(
+            f"{case.op} {case.rows}x{case.columns} {scale}",
+            functools.partial(requantize_transposed, scale=scale),
+            (
+                QTensor(
+                    jax.ShapeDtypeStruct((case.rows, case.columns), jnp.float8_e4m3fn),
+                    jax.ShapeDtypeStruct((case.rows, case.columns // 128), jnp.float32),
+                ),
+            ),
+            MUST_CONTAIN,
+        )
+        for case, scale in cases.compiled(("requantize_transposed",))
+    ]

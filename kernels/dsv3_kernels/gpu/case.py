@@ -1,0 +1,143 @@
+"""Rows of the table of speeds and comparisons of results, and where they come from.
+
+An op folder takes part by a module `dsv3_kernels/<op>/bench.py` that offers
+
+    bench_cases() -> list[BenchCase]      rows of `python -m dsv3_kernels.bench`
+    check_cases() -> list[CheckCase]      comparisons of `python -m dsv3_kernels.check`
+
+Both are data: nothing is computed and no device is asked before a program runs them.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import dsv3_kernels
+
+
+class Published(NamedTuple):
+    """A figure of another implementation on another machine, to stand beside ours."""
+
+    source: str
+    tflops: float | None = None
+    gbps: float | None = None
+
+
+class BenchCase(NamedTuple):
+    """One row: an op at one shape, the kernel and what it is compared with in the same run."""
+
+    op: str
+    name: str
+    make_inputs: Callable[[jax.Array], Any]
+    """A random key -> fresh inputs, any pytree of arrays; what a candidate does not use costs it nothing."""
+    kernel: Callable[[Any], Any]
+    """The Pallas form, a function of the inputs; may raise NotImplementedError."""
+    others: Mapping[str, Callable[[Any], Any]]
+    """Other ways to the same product, by name; also functions of the inputs."""
+    flops: float
+    num_bytes: float
+    """What must be read and written at least once."""
+    published: Published | None = None
+    torch_gemm: tuple[int, int, int] | None = None
+    """M, N, K, if torch's scaled matmul computes it in one call."""
+    is_quick: bool = False
+    """Whether `--quick` keeps it."""
+
+
+class Comparison(NamedTuple):
+    """What a result should be by another way, and how far from it it may be."""
+
+    name: str
+    expected: Callable[[Any], Any]
+    """The inputs -> arrays of the structure of the result; not jitted."""
+    error: Callable[[Any, Any], jax.Array]
+    """(result, expected) -> a number, jitted; `diff` and `worst` are two."""
+    limit: float
+    """The error must be below; 0 asks for exactly 0. NaN fails."""
+
+
+class CheckCase(NamedTuple):
+    """An op at one shape, and what its result is compared with."""
+
+    op: str
+    name: str
+    make_inputs: Callable[[jax.Array], Any]
+    """A random key -> fresh inputs, any pytree of arrays."""
+    run: Callable[[Any, str], Any]
+    """The inputs and the name of a form -> arrays; may raise NotImplementedError."""
+    comparisons: tuple[Comparison, ...]
+    is_small: bool = False
+    """Whether a CPU can afford it."""
+
+
+def bench_cases(ops: Sequence[str] = ()) -> list[BenchCase]:
+    """The rows of these ops, or all. Raises ValueError for an op that has none."""
+    return _selected([case for module in _modules() for case in _offered(module, "bench_cases")], ops)
+
+
+def check_cases(ops: Sequence[str] = ()) -> list[CheckCase]:
+    """The comparisons of these ops, or all. Raises ValueError for an op that has none."""
+    return _selected([case for module in _modules() for case in _offered(module, "check_cases")], ops)
+
+
+def fp8_limit(num_outputs: int) -> float:
+    """The largest `calc_diff` of an FP8 product from that of its unquantised standard normal operands.
+
+    DeepGEMM's 1e-3. The mean is 6.8e-4, and of a hundred outputs it scatters by 1e-4, so that a few get twice that.
+    """
+    return 1e-3 if num_outputs >= 4096 else 2e-3
+
+
+def fp8_comparisons(
+    exact: Callable[[Any], Any], dequantized: Callable[[Any], Any], num_outputs: int
+) -> tuple[Comparison, ...]:
+    """DeepGEMM's criterion against unquantised operands; a sharper one against those given, also for each element."""
+    return (
+        Comparison("unquantised", exact, diff, fp8_limit(num_outputs)),
+        Comparison("dequantised", dequantized, diff, 1e-5),
+        Comparison("worst element", dequantized, worst, 1.0),
+    )
+
+
+def diff(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`testing.calc_diff` on the device: Σ(x - y)² / Σ(x² + y²), which float32 can tell from 0; NaN where x has one."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    size = jnp.sum(x * x) + jnp.sum(y * y)
+    return jnp.where(size == 0, jnp.float32(0), jnp.sum((x - y) ** 2) / jnp.where(size == 0, jnp.float32(1), size))
+
+
+def worst(x: jax.Array, y: jax.Array) -> jax.Array:
+    """max |x - y| / (|y| / 128 + rms / 50), rms of the numbers of y that are not 0: one wrong element is above 1.
+
+    bf16 rounds by |y| / 512 at most; Hopper's FP8 tensor cores keep 14 bits within a block of 128, which stays within
+    some 0.005 rms.
+    """
+    if x.size == 0:
+        return jnp.zeros((), jnp.float32)
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    rms = jnp.sqrt(jnp.sum(y * y) / jnp.maximum(jnp.sum(y != 0, dtype=jnp.float32), 1.0))
+    excess = jnp.abs(x - y) / (jnp.abs(y) / 128 + jnp.maximum(rms / 50, 1e-30))
+    return jnp.where(jnp.isnan(excess).any(), jnp.float32(jnp.nan), jnp.max(excess))  # XLA's max may pass over a NaN
+
+
+def _selected(cases: list[Any], ops: Sequence[str]) -> list[Any]:
+    known = list(dict.fromkeys(case.op for case in cases))
+    if unknown := [op for op in ops if op not in known]:
+        raise ValueError(f"ops {unknown} have no cases; known are {', '.join(known)}.")
+    return [case for case in cases if not ops or case.op in ops]
+
+
+def _offered(module: str, function: str) -> list[Any]:
+    offer = getattr(importlib.import_module(module), function, None)
+    return offer() if offer else []
+
+
+def _modules() -> list[str]:
+    """dsv3_kernels.<op>.bench of every op folder that has one."""
+    folders = [f"dsv3_kernels.{module.name}" for module in pkgutil.iter_modules(dsv3_kernels.__path__) if module.ispkg]
+    return [f"{folder}.bench" for folder in sorted(folders) if importlib.util.find_spec(f"{folder}.bench")]

@@ -1,0 +1,109 @@
+"""The measured rows as a table for a reader and as data: rates, shares of the ceilings, ratios to the others."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dsv3_kernels.gpu.case import BenchCase
+from dsv3_kernels.gpu.ceilings import Ceilings
+
+
+class Row(NamedTuple):
+    """What one case gave; seconds of one launch, None where something did not run, with the reason in `notes`."""
+
+    case: BenchCase
+    kernel: float | None
+    others: Mapping[str, float | None]
+    notes: tuple[str, ...] = ()
+    spread: tuple[float, float] | None = None
+    """Fastest and slowest launch of the kernel."""
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """How many times as long each other way takes: above 1 the kernel is faster."""
+        if self.kernel is None:
+            return {}
+        return {name: seconds / self.kernel for name, seconds in self.others.items() if seconds is not None}
+
+
+def as_data(row: Row, ceilings: Ceilings) -> dict[str, Any]:
+    """The row for JSON: microseconds, TFLOPS, GB/s, shares and ratios."""
+    case = row.case
+    data: dict[str, Any] = {
+        "op": case.op,
+        "name": case.name,
+        "flops": case.flops,
+        "bytes": case.num_bytes,
+        "kernel_us": _microseconds(row.kernel),
+        "other_us": {name: _microseconds(seconds) for name, seconds in row.others.items()},
+        "times_faster": {name: round(ratio, 3) for name, ratio in row.ratios.items()},
+        "published": case.published._asdict() if case.published else None,
+        "notes": list(row.notes),
+    }
+    if row.spread:
+        data["kernel_us_range"] = [_microseconds(seconds) for seconds in row.spread]
+    if row.kernel is not None:
+        share, bound = ceilings.share(row.kernel, case.flops, case.num_bytes)
+        data |= {
+            "tflops": round(case.flops / row.kernel / 1e12, 1),
+            "gbps": round(case.num_bytes / row.kernel / 1e9, 1),
+            "share_of_ceiling": round(share, 3),
+            "ceiling": bound,
+        }
+    return data
+
+
+def markdown(machine: Mapping[str, Any], ceilings: Ceilings, rows: Sequence[Row]) -> str:
+    """The page of one machine: what it is, its ceilings, a table an op."""
+    lines = [f"# {machine['device']}", ""]
+    lines += [f"- {name}: {value}" for name, value in machine.items() if name != "device"]
+    lines += [
+        f"- ceilings measured in this run: copy {ceilings.copy_bytes / 1e9:.0f} GB/s, product of large matrices "
+        f"{ceilings.bf16_flops / 1e12:.0f} TFLOPS in bf16, {ceilings.fp8_flops / 1e12:.0f} in FP8 with one scale",
+        "",
+        "`of ceiling`: time that the bytes need at the copy rate or the product at the FP8 rate, whichever is longer "
+        "(m, c), by the time taken. `×`: how many times as long the other way takes; above 1 the kernel is faster.",
+    ]
+    for op in dict.fromkeys(row.case.op for row in rows):
+        lines += ["", *_table(op, [row for row in rows if row.case.op == op], ceilings)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(op: str, rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
+    others = list(dict.fromkeys(name for row in rows for name in row.others))
+    head = ["case", "µs", "TFLOPS", "GB/s", "of ceiling", "published", *(f"× {name}" for name in others), "note"]
+    lines = [f"## {op}", "", _line(head), _line(["---", *["---:"] * (len(head) - 2), "---"])]
+    for row in rows:
+        case, ratios = row.case, row.ratios
+        cells = [case.name, "not measured", "", "", ""]
+        if row.kernel is not None:
+            share, bound = ceilings.share(row.kernel, case.flops, case.num_bytes)
+            cells = [
+                case.name,
+                f"{row.kernel * 1e6:.1f}",
+                f"{case.flops / row.kernel / 1e12:.0f}",
+                f"{case.num_bytes / row.kernel / 1e9:.0f}",
+                f"{share:.0%} {bound[0]}",
+            ]
+        compared = [f"{ratios[name]:.2f}" if name in ratios else _alone(row.others.get(name)) for name in others]
+        lines.append(_line([*cells, _published(case), *compared, "; ".join(row.notes)]))
+    return lines
+
+
+def _alone(seconds: float | None) -> str:
+    """The cell of another way where the kernel has no time to compare with."""
+    return "" if seconds is None else f"({seconds * 1e6:.1f} µs)"
+
+
+def _published(case: BenchCase) -> str:
+    if case.published is None:
+        return ""
+    rates = [(case.published.tflops, "TFLOPS"), (case.published.gbps, "GB/s")]
+    return f"{' '.join(f'{rate:.0f} {unit}' for rate, unit in rates if rate is not None)} ({case.published.source})"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e6, 2)

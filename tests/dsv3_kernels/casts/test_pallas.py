@@ -1,0 +1,61 @@
+"""The Hopper casts in Pallas' interpreter, and the shapes they leave to XLA."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3_kernels import dispatch
+from dsv3_kernels.quantize import QTensor
+
+if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
+    pytest.skip(dispatch.why_no_pallas() or "", allow_module_level=True)
+
+from dsv3_kernels.casts import pallas_sm90, pallas_sm90_transpose
+
+FAST = [
+    ("cast_tokens", "bfloat16", "float32"),
+    ("swiglu_cast", "bfloat16", "ue8m0"),
+    ("cast_blocks", "float32", "float32"),
+    ("requantize_transposed", "float32", "ue8m0"),
+]
+OPS = ("cast_tokens", "swiglu_cast", "cast_blocks", "requantize_transposed")
+ALL = [(op, dtype, scale) for op in OPS for dtype in ("bfloat16", "float32") for scale in ("float32", "ue8m0")]
+SLOW = [each for each in ALL if each not in FAST]
+
+
+@pytest.mark.parametrize("which", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["one each", "the rest"])
+def test_kernels_have_the_bits_of_the_reference(which, repository):
+    """Both divide with integers; exp is XLA's in the interpreter."""
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpreted.py")), *(",".join(each) for each in zip(*which))],
+        env=os.environ | {"PYTHONPATH": str(repository / "kernels")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "the same bits"
+
+
+def test_what_the_kernels_refuse_is_left_to_xla():
+    for op, shape in (
+        ("cast_tokens", (5, 1025)),
+        ("cast_tokens", (1, 128)),
+        ("cast_tokens", (0, 1024)),
+        ("swiglu_cast", (5, 1024)),
+        ("swiglu_cast", (0, 2048)),
+        ("cast_blocks", (97, 128)),
+        ("cast_blocks", (0, 128)),
+    ):
+        with pytest.raises(NotImplementedError, match="multiple of"):
+            getattr(pallas_sm90, op)(jnp.zeros(shape), scale="float32")
+    for rows, columns in ((97, 128), (128, 130), (0, 128)):
+        q = QTensor(jnp.zeros((rows, columns), jnp.float8_e4m3fn), jnp.zeros((rows, -(-columns // 128))))
+        with pytest.raises(NotImplementedError, match="multiple of 128"):
+            pallas_sm90_transpose.requantize_transposed(q, scale="float32")

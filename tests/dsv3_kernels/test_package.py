@@ -1,0 +1,26 @@
+"""The package by itself: what it imports, and the example of its README."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+ALLOWED = {"jax", "jaxlib", "ml_dtypes", "numpy", "jaxtyping", "dsv3_kernels", *sys.stdlib_module_names}
+
+
+def test_it_needs_jax_numpy_ml_dtypes_and_jaxtyping_only():
+    for path in KERNELS.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = list(ast.walk(tree))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert {name.split(".")[0] for name in names} <= ALLOWED, path.name
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", (KERNELS / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    exec(compile(code, "README.md", "exec"), {})
+    assert "(300, 256)" in capsys.readouterr().out
