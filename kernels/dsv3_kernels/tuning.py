@@ -90,7 +90,7 @@ def problems() -> Iterator[tuple[str, Problem]]:
         *(
             (DENSE, dense(c.m, c.n, c.k, out_dtype=c.out_dtype, is_b_scaled_by_row=c.role == gemm.WEIGHT_GRADIENT))
             for c in gemm.CASES
-            if not c.is_small and c.k % 128 == 0
+            if not c.is_small
         ),
         *(
             (CONTIGUOUS, contiguous(c.m, c.n, c.k, out_dtype=jnp.bfloat16))

@@ -34,7 +34,7 @@ def fp8_gemm(
         tile: None for that of the tuned table.
         num_sms: thread blocks that run at once; None for those of the GPU.
         interpret: `plgpu.InterpretGPUParams` to run on a CPU.
-    Raises: NotImplementedError for K that is no multiple of 128, or an empty operand.
+    Raises: NotImplementedError for an empty operand.
     """
     (M, K), N = a.values.shape, b.values.shape[0]
     padding.check_sizes("fp8_gemm", K, M, N)
@@ -51,7 +51,7 @@ def fp8_gemm(
         padding.padded_operands(a, b),
         (),
         tile=tile,
-        walk=_walk(tile, M, N, K // BLOCK_K),
+        walk=_walk(tile, M, N, -(-K // BLOCK_K)),
         out=out,
         accumulate_into=buffer,
         is_b_scaled_by_row=is_b_scaled_by_row,

@@ -35,7 +35,7 @@ def grouped_fp8_gemm(
     padding.check_sizes("grouped_fp8_gemm", K, M, N, G)
     tile = tile or tuning.choose(tuning.CONTIGUOUS, tuning.contiguous(M, N, K, out_dtype=out_dtype))
     _check_tile("grouped_fp8_gemm", tile, 128)
-    blocks = K // BLOCK_K
+    blocks = -(-K // BLOCK_K)
     grid = make_grid(tile, M, N)
 
     def walk(lists: tuple[Any, ...], position: Position, visit: kernel.Visit, carry: Carry) -> Carry:
@@ -69,7 +69,7 @@ def grouped_fp8_gemm_masked(
     padding.check_sizes("grouped_fp8_gemm_masked", K, G, M, N)
     tile = tile or tuning.choose(tuning.MASKED, tuning.masked(G, M, N, K, out_dtype=out_dtype))
     _check_tile("grouped_fp8_gemm_masked", tile, 256)
-    blocks = K // BLOCK_K
+    blocks = -(-K // BLOCK_K)
     grid = make_grid(tile, M, N)
 
     def walk(lists: tuple[Any, ...], position: Position, visit: kernel.Visit, carry: Carry) -> Carry:

@@ -55,8 +55,9 @@ def gemm(
         is_b_scaled_by_row: whether rows of b have scales of their own, or share them by 128.
         num_sms: how many thread blocks run at once, rounded down to whole clusters.
     """
-    # The interpreter cannot add to memory: there the sum is made outside.
-    adds = accumulate_into is not None and interpret is None
+    # The interpreter cannot add to memory, and a kernel has no references that vary over a mesh: there the sum is made
+    # outside.
+    adds = accumulate_into is not None and interpret is None and not _varies(accumulate_into)
 
     types = mainloop.ring_types(tile, is_b_scaled_by_row=is_b_scaled_by_row)._replace(fences_reads=None)
     ring_types, ring_tree = jax.tree.flatten(types)
@@ -114,8 +115,14 @@ def gemm(
     )
     if accumulate_into is None:
         return kernel(*operands, *lists)
-    if interpret is not None:
+    if not adds:
         return accumulate_into + kernel(*operands, *lists)
     buffer = jax.new_ref(accumulate_into)
     kernel(*operands, *lists, buffer)
     return jax.freeze(buffer)
+
+
+def _varies(x: jax.Array) -> bool:
+    """Whether x differs between devices inside `jax.shard_map`; the type that says so was renamed in jax 0.12."""
+    kind = jax.typeof(x)
+    return bool(kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)

@@ -1,8 +1,9 @@
 """Operands as the copy engine of Hopper wants them, and the output as the caller does.
 
 A copy reaches beyond an edge (it reads zeros there, and drops what it writes), so no operand is padded to whole tiles.
-But its box is made of tiles of 8 rows by one swizzle, so rows come in eights, and strides in 16 bytes. None of this
-changes the shapes of the model; other operands are padded with zeros here.
+But its box is made of tiles of 8 rows by one swizzle of 128 bytes, so rows come in eights, and the contraction in full
+blocks. Of the shapes of the model that changes two, the input gradients of the latents (K = 2112 and 576); such
+operands are padded with zeros here, which costs a copy of them.
 """
 
 import jax
@@ -15,17 +16,15 @@ from dsv3_kernels.sm90.tile import BLOCK_K, Tile, output_chunk
 ROWS = 8
 
 
-def check_sizes(op: str, K: int, *sizes: int) -> None:
+def check_sizes(op: str, *sizes: int) -> None:
     """Raises NotImplementedError for what the kernels do not serve."""
-    if K % BLOCK_K:
-        raise NotImplementedError(f"{op}: the Hopper kernel needs K in blocks of {BLOCK_K}, not K={K}.")
-    if min(K, *sizes) < 1:
+    if min(sizes) < 1:
         raise NotImplementedError(f"{op}: the Hopper kernel has no empty operands, and a size here is 0.")
 
 
 def padded_operands(a: QTensor, b: QTensor) -> Operands:
-    """Values in full eights of rows, scales with those of one stage side by side."""
-    return Operands(_rows(a.values, -2), _rows(_swap(a.scales), -1), _rows(b.values, -2), _rows(_swap(b.scales), -1))
+    """Values in full eights of rows and full blocks of the contraction, scales with those of one stage side by side."""
+    return Operands(_values(a), _scales(a), _values(b), _scales(b))
 
 
 def padded_output(tile: Tile, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
@@ -45,14 +44,14 @@ def cut_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x if x.shape == shape else x[tuple(slice(size) for size in shape)]
 
 
-def _swap(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
+def _values(q: QTensor) -> jax.Array:
+    *lead, R, K = q.values.shape
+    return pad_to(q.values, (*lead, _up(R, ROWS), _up(K, BLOCK_K)))
 
 
-def _rows(x: jax.Array, axis: int) -> jax.Array:
-    shape = list(x.shape)
-    shape[axis] = _up(shape[axis], ROWS)
-    return pad_to(x, tuple(shape))
+def _scales(q: QTensor) -> jax.Array:
+    scales = jnp.swapaxes(q.scales, -1, -2)
+    return pad_to(scales, (*scales.shape[:-1], _up(scales.shape[-1], ROWS)))
 
 
 def _up(size: int, multiple: int) -> int:

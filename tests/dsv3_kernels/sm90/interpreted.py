@@ -87,6 +87,8 @@ CASES: dict[str, Callable[[], Result]] = {
     ),
     # The slow ones
     "one row": lambda: dense(1, 192, 256, Tile(64, 128, 4)),
+    "ragged contraction": lambda: dense(65, 64, 200, Tile(64, 64, 2)),
+    "ragged contraction of groups": lambda: contiguous([1, 0], 64, 72, Tile(128, 64, 2)),
     "a row past the last tile": lambda: dense(1025, 64, 128, Tile(256, 64, 2), sms=2),
     "three scales in a tile": lambda: dense(64, 528, 256, Tile(128, 176, 2)),
     "odd cluster": lambda: dense(128, 192, 256, Tile(128, 64, 2, "n")),
