@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, Float32, UInt8
 
-from dsv3_kernels.quantize import AMAX_FLOOR, E4M3, E4M3_MAX, QTensor, dequantize_tiles
+from dsv3_kernels.quantize import E4M3, QTensor, dequantize_tiles
+from dsv3_kernels.scales import AMAX_FLOOR, E4M3_MAX
 
 LATENT_DIM = 512
 ROPE_DIM = 64
@@ -44,10 +45,14 @@ def pack_fp8_cache_rows(
         raise ValueError(f"scale={scale!r} is unknown; use 'float32' or 'ue8m0'.")
     xp = latent.__array_namespace__()
     tiles = latent.astype(np.float32).reshape(*latent.shape[:-1], NUM_SCALES, TILE)
-    amax = xp.maximum(xp.max(xp.abs(tiles), axis=-1), np.float32(AMAX_FLOOR))
+    # Magnitudes in the order of their bits: XLA's maximum of floats may lose a NaN.
+    amax = (tiles.view(np.int32) & np.int32(0x7FFFFFFF)).max(axis=-1).view(np.float32)
+    amax = xp.where(amax < np.float32(AMAX_FLOOR), np.float32(AMAX_FLOOR), amax)
     scales = amax / _opaque(xp.full_like(amax, E4M3_MAX))
     if scale == "ue8m0":
-        scales = _power_of_two_at_or_above(xp.maximum(scales, np.float32(UE8M0_SCALE_FLOOR)))
+        scales = _power_of_two_at_or_above(
+            xp.where(scales < np.float32(UE8M0_SCALE_FLOOR), np.float32(UE8M0_SCALE_FLOOR), scales)
+        )
     else:
         scales = scales.astype(latent.dtype).astype(np.float32)
     with np.errstate(invalid="ignore"):  # inf / inf: the scale tells
@@ -63,7 +68,8 @@ def unpack_fp8_cache_rows(
     """The latent, dequantised in float32 and rounded to BF16, and the rotary part."""
     values, scales, rope = split_fp8_cache_rows(rows)
     q = QTensor(values[..., None, :], scales[..., None, :])
-    return dequantize_tiles(q, tile=(1, TILE), dtype=BF16)[..., 0, :], rope
+    with np.errstate(invalid="ignore"):  # 0 times an infinite scale
+        return dequantize_tiles(q, tile=(1, TILE), dtype=BF16)[..., 0, :], rope
 
 
 def split_fp8_cache_rows(

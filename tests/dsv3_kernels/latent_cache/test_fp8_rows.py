@@ -54,6 +54,18 @@ def test_error_is_half_a_step_of_e4m3(scale):
     np.testing.assert_array_less(np.abs(latent - x), np.abs(x) * (2.0**-4 + 2.0**-8) + step)
 
 
+@pytest.mark.parametrize("scale", NAMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_number_spoils_its_tile_alone(scale, bad):
+    x = np.ones((2, 512), np.float32)
+    x[1, 200] = bad
+    for convert in (np.asarray, jnp.asarray):
+        latent = np.asarray(unpack_fp8_cache_rows(pack_fp8_cache_rows(convert(x), convert(x[:, :64]), scale=scale))[0])
+        is_bad = ~np.isfinite(np.float32(latent))
+        assert is_bad[1, 200]
+        assert is_bad.sum() == is_bad[1, 128:256].sum()
+
+
 def test_unknown_scale_is_refused():
     x = np.zeros((1, 512), np.float32)
     with pytest.raises(ValueError, match="ue4m3"):
