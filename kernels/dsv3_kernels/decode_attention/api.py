@@ -1,5 +1,7 @@
 """`mla_decode`: attention of a few new tokens a sequence over the paged latent cache."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -12,6 +14,16 @@ from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, ROPE_DIM, ROW_BYTES
 
 PAGE_SIZE = 64
 """Tokens a page."""
+
+
+def _pallas(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
+    """Imports the kernel when it is called: old versions of jax cannot."""
+    from dsv3_kernels.decode_attention import pallas_sm90
+
+    return pallas_sm90.mla_decode_pallas(*args, **kwargs)
+
+
+FORMS = {"reference": mla_decode_reference, "xla": mla_decode_xla, "pallas": _pallas}
 
 
 def mla_decode(
@@ -50,7 +62,7 @@ def mla_decode(
     num_keys = page_table.shape[1] * PAGE_SIZE
     return dispatch.run(
         "mla_decode",
-        {"reference": mla_decode_reference, "xla": mla_decode_xla},
+        FORMS,
         implementation,
         q_latent,
         q_rope,

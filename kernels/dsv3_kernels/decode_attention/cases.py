@@ -7,10 +7,11 @@ sequence uses, and the page id 2147480000 past each sequence's end.
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows
+from dsv3_kernels.latent_cache.fp8_rows import ROW_BYTES, pack_fp8_cache_rows
 
 LATENT_DIM, ROPE_DIM, PAGE_SIZE = 512, 64, 64
 SOFTMAX_SCALE = 192**-0.5
@@ -49,13 +50,26 @@ class DecodeCase:
         drawn = np.random.default_rng(seed).normal(self.seq_len, self.seq_len / 2, self.num_seqs)
         return np.maximum(drawn, self.num_queries).astype(np.int32)
 
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the arguments with a cache that just holds the longest sequences."""
+        pages_per_seq = -(-self.seq_len // PAGE_SIZE)
+        row = (ROW_BYTES, np.uint8) if self.is_fp8 else (LATENT_DIM + ROPE_DIM, ml_dtypes.bfloat16)
+        query = (self.num_seqs, self.num_queries, self.num_heads)
+        return (
+            jax.ShapeDtypeStruct((*query, LATENT_DIM), ml_dtypes.bfloat16),
+            jax.ShapeDtypeStruct((*query, ROPE_DIM), ml_dtypes.bfloat16),
+            jax.ShapeDtypeStruct((self.num_seqs * pages_per_seq, PAGE_SIZE, row[0]), row[1]),
+            jax.ShapeDtypeStruct((self.num_seqs, pages_per_seq), np.int32),
+            jax.ShapeDtypeStruct((self.num_seqs,), np.int32),
+        )
+
     def flops(self, lengths: np.ndarray) -> int:
         """FlashMLA's count, 2 B S H Σ len (576 + 512), without regard to the mask."""
         return 2 * self.num_queries * self.num_heads * int(lengths.sum(dtype=np.int64)) * (2 * LATENT_DIM + ROPE_DIM)
 
     def bytes_moved(self, lengths: np.ndarray) -> int:
         """What must be read and written once: cached rows, queries, outputs."""
-        row = 656 if self.is_fp8 else 2 * (LATENT_DIM + ROPE_DIM)
+        row = ROW_BYTES if self.is_fp8 else 2 * (LATENT_DIM + ROPE_DIM)
         per_query = 2 * (2 * LATENT_DIM + ROPE_DIM) + 4
         return int(lengths.sum(dtype=np.int64)) * row + self.num_seqs * self.num_queries * self.num_heads * per_query
 
@@ -130,6 +144,13 @@ LARGE_CASES = (
     DecodeCase(64, 1, 16, 140, is_varlen=True),
 )
 """FlashMLA's batches, heads and lengths: a minute on a CPU."""
+
+COMPILED_CASES = (
+    DecodeCase(128, 1, 128, 4096),
+    DecodeCase(128, 2, 16, 4096),
+    DecodeCase(128, 4, 128, 4096, causal=False),
+)
+"""What is compiled without a GPU."""
 
 SPEED_CASES = tuple(
     DecodeCase(128, s, 128, k, is_varlen=v)

@@ -1,0 +1,88 @@
+"""MLA decoding on Hopper: rows packed, work planned, the kernel run, split sequences combined."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from dsv3_kernels.aot.case import BF16_MMA, AotCase
+from dsv3_kernels.decode_attention.cases import COMPILED_CASES, SOFTMAX_SCALE
+from dsv3_kernels.decode_attention.combine import combine
+from dsv3_kernels.decode_attention.pallas_attend import attend
+from dsv3_kernels.decode_attention.pallas_layout import LATENT, ROPE, ROWS
+from dsv3_kernels.decode_attention.planner import plan_splits
+
+NUM_SMS = 132
+"""Of an H100 or H200 SXM; used where the device does not tell."""
+
+
+def mla_decode_pallas(
+    q_latent: Float[Array, "B S H C"],
+    q_rope: Float[Array, "B S H R"],
+    kv_pages: Shaped[Array, "N 64 W"],
+    page_table: Int32[Array, "B P"],
+    seq_lens: Int32[Array, "B"],
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    num_parts: int | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "B S H C"], Float32[Array, "B H S"]]:
+    """Twin of `mla_decode_reference` for latent 512, rotary 64, BF16 queries.
+
+    Args:
+        num_parts: into how many parts the keys are divided; by default as many as fill the GPU once.
+        interpret: None to compile; `plgpu.InterpretGPUParams()` to run on a CPU.
+    Raises: NotImplementedError for other widths or dtypes, or a scale that is not positive.
+    """
+    B, S, H, C = q_latent.shape
+    if (C, q_rope.shape[3]) != (LATENT, ROPE) or q_latent.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"the kernel takes BF16 heads of {LATENT} + {ROPE}, not {q_latent.dtype} of {C} + {q_rope.shape[3]}."
+        )
+    if kv_pages.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the kernel reads a cache of BF16, not {kv_pages.dtype}.")
+    if softmax_scale <= 0:
+        raise NotImplementedError(f"softmax_scale={softmax_scale}: the kernel finds maxima before it scales.")
+    num_rows = -(-S * H // ROWS) * ROWS
+    num_sms = getattr(jax.devices()[0], "core_count", NUM_SMS)
+    plan = plan_splits(seq_lens, num_parts=num_parts or max(1, num_sms // (num_rows // ROWS)))
+    partials = attend(
+        _pack(q_latent, num_rows),
+        _pack(q_rope, num_rows),
+        kv_pages,
+        page_table,
+        seq_lens,
+        plan.parts,
+        num_queries=S,
+        num_heads=H,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        interpret=interpret,
+    )
+    out, lse = combine(*partials, plan)
+    return (
+        out[:, : S * H].reshape(B, S, H, C),
+        lse[:, : S * H].reshape(B, S, H).transpose(0, 2, 1),
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """One and several queries, all and few heads."""
+    return [
+        AotCase(
+            case.name.replace("-", " ", 1).replace("b", "mla_decode b", 1),
+            functools.partial(mla_decode_pallas, softmax_scale=SOFTMAX_SCALE, causal=case.causal),
+            case.shapes(),
+            (BF16_MMA,),
+        )
+        for case in COMPILED_CASES
+    ]
+
+
+def _pack(q: Float[Array, "B S H D"], num_rows: int) -> Float[Array, "B R D"]:
+    """[B, S, H, D] -> [B, num_rows, D], filled up with zeros."""
+    B, S, H, D = q.shape
+    return jnp.pad(q.reshape(B, S * H, D), ((0, 0), (0, num_rows - S * H), (0, 0)))

@@ -1,0 +1,63 @@
+"""Runs the Hopper kernel of `mla_decode` in Pallas' interpreter and compares it with float32.
+
+`python interpreted.py CASE ...`, names of CASES below. A program of its own, because a failed callback of the
+interpreter can wait for ever.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_kernels.decode_attention.cases import SOFTMAX_SCALE, DecodeCase, make_inputs
+from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
+from dsv3_kernels.decode_attention.reference import mla_decode_reference
+from dsv3_kernels.latent_cache.fp8_rows import unpack_fp8_cache_rows
+from dsv3_kernels.testing import flash_mismatch
+
+
+def given(num_queries: int, num_heads: int, *lengths: int, **options: bool) -> DecodeCase:
+    return DecodeCase(len(lengths), num_queries, num_heads, max(lengths), given_lengths=lengths, **options)
+
+
+CASES = {  # parts, the case
+    "splits": (3, given(2, 9, 0, 300, 65)),
+    "two-row-blocks": (5, given(4, 17, 64, 1, 0, 700)),
+    "not-causal": (1, given(3, 1, 2, 129, causal=False)),
+}
+
+
+def main(name: str, *, detect_races: bool) -> None:
+    num_parts, case = CASES[name]
+    inputs = make_inputs(case)
+    q_latent, q_rope, kv_pages, page_table, seq_lens = map(jnp.asarray, inputs)
+    kv = inputs.kv_pages
+    if case.is_fp8:
+        kv = np.concatenate(unpack_fp8_cache_rows(kv), axis=-1)
+    options = {"softmax_scale": SOFTMAX_SCALE, "causal": case.causal}
+    floats = [x.astype(jnp.float32) for x in (q_latent, q_rope, jnp.asarray(kv))]
+    out, lse = mla_decode_reference(*floats, page_table, seq_lens, **options)
+    ours = mla_decode_pallas(
+        *(q_latent, q_rope, kv_pages, page_table, seq_lens),
+        **options,
+        num_parts=num_parts,
+        interpret=plgpu.InterpretGPUParams(detect_races=detect_races),
+    )
+    wrong = flash_mismatch(ours[0], out, absolute=8e-4, relative=2.01 / 128, cosine=5e-6)
+    assert wrong is None, f"out of {name}: {wrong}"
+    wrong = flash_mismatch(ours[1], lse, absolute=1e-6, relative=8.01 / 65536, cosine=5e-6)
+    assert wrong is None, f"lse of {name}: {wrong}"
+    if detect_races:
+        assert not interpret_pallas_call.get_races().races_found, f"races in {name}"
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    arguments = sys.argv[1:]
+    for argument in arguments:
+        if argument != "--races":
+            main(argument, detect_races="--races" in arguments)
+    print("close")
