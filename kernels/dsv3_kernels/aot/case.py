@@ -6,7 +6,7 @@ tile of its tuned table and each kind of input; it is found by its file name. Th
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import dsv3_kernels
@@ -36,20 +36,22 @@ class AotCase(NamedTuple):
 
 
 def collect() -> list[AotCase]:
-    """The cases of all `pallas_*` modules in the order of their names.
+    """The cases of all `pallas_*` modules in the order of their names. Raises: as `checked`."""
+    offered: dict[str, list[AotCase]] = {}
+    for name in _pallas_modules():
+        module = importlib.import_module(name)
+        offered.setdefault(name.split(".")[1], []).extend(getattr(module, "aot_cases", list)())
+    return checked(offered)
+
+
+def checked(offered: Mapping[str, list[AotCase]]) -> list[AotCase]:
+    """The cases of all ops, given by op folder.
 
     Raises: ValueError for an op whose Pallas modules offer no case, a case that requires nothing, or a name twice.
     """
-    cases: list[AotCase] = []
-    silent: dict[str, bool] = {}
-    for name in _pallas_modules():
-        op = name.split(".")[1]
-        module = importlib.import_module(name)
-        offered = module.aot_cases() if hasattr(module, "aot_cases") else []
-        silent[op] = silent.get(op, True) and not offered
-        cases += offered
-    if lacking := [op for op, is_silent in silent.items() if is_silent]:
+    if lacking := [op for op, cases in offered.items() if not cases]:
         raise ValueError(f"ops {lacking} have Pallas modules without cases; write aot_cases() in one of them.")
+    cases = [case for each in offered.values() for case in each]
     if careless := [case.name for case in cases if not case.must_contain]:
         raise ValueError(f"cases {careless} require no instruction; state in must_contain what each kernel is for.")
     names = [case.name for case in cases]

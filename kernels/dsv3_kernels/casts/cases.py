@@ -32,22 +32,31 @@ REAL = [
 
 UGLY = [
     Case("cast_tokens", 1, 128),
+    Case("cast_tokens", 1, 7168),
+    Case("cast_tokens", 1025, 1024),
     Case("cast_tokens", 97, 384),
     Case("cast_tokens", 5, 1025),
     Case("swiglu_cast", 1, 256),
     Case("swiglu_cast", 97, 260),
+    Case("swiglu_cast", 97, 2048),
     Case("swiglu_cast", 3, 2),
     Case("requantize_transposed", 1, 128),
+    Case("requantize_transposed", 128, 128),
     Case("requantize_transposed", 97, 300),
     Case("requantize_transposed", 1025, 1),
     Case("cast_blocks", 1, 1),
+    Case("cast_blocks", 128, 128, "float32"),
     Case("cast_blocks", 97, 1025),
     Case("cast_blocks", 576, 200),
 ]
 
 
 def compiled(ops: Container[str]) -> list[tuple[Case, str]]:
-    """The real cases of `ops` that are compiled ahead of time, with their scales: powers of two for each op's first."""
+    """Real cases of `ops` with their scales, one for each code: other rows and columns change the grid only."""
     real = [case for case in REAL if case.op in ops]
-    firsts = {case.op: case for case in reversed(real)}
-    return [(case, "float32") for case in real] + [(case, "ue8m0") for case in firsts.values()]
+    of_dtype = {(case.op, case.dtype): case for case in reversed(real)}
+    of_op = {case.op: case for case in reversed(real)}
+    return [
+        *((case, "float32") for case in real if case in of_dtype.values()),
+        *((case, "ue8m0") for case in real if case in of_op.values()),
+    ]

@@ -73,7 +73,7 @@ def requantize_transposed(q: QTensor, *, scale: str, interpret: object = None) -
 
 
 def aot_cases() -> list[AotCase]:
-    """Every real shape with scales of float32, and one with powers of two."""
+    """A real shape with each kind of scale."""
     return [
         AotCase(
             f"{case.op} {case.rows}x{case.columns} {scale}",

@@ -20,9 +20,9 @@ from dsv3_kernels.gemm.cases import (
     make_inputs,
     normal,
 )
-from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison, Published, fp8_comparisons
+from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison, Published, different_bits, fp8_comparisons
 from dsv3_kernels.gpu.ceilings import bf16_product, fp8_product
-from dsv3_kernels.quantize import QTensor, quantize_tiles
+from dsv3_kernels.quantize import quantize_tiles
 
 SOURCE = "DeepGEMM, H800"
 
@@ -139,12 +139,6 @@ def _check_quantiser(tile: tuple[int, int], scale: str) -> CheckCase:
         name=f"{tile[0]}x{tile[1]}_{scale}",
         make_inputs=lambda key: normal(key, (385, 640)),
         run=lambda x, implementation: quantize(x),
-        comparisons=(Comparison("bits", lambda x: quantize(np.asarray(x)), _different_bits, 0.0),),
+        comparisons=(Comparison("bits", lambda x: quantize(np.asarray(x)), different_bits, 0.0),),
         is_small=True,
     )
-
-
-def _different_bits(x: QTensor, y: QTensor) -> Array:
-    """How many scales and values differ."""
-    scales = (x.scales.view(jnp.uint32) != y.scales.view(jnp.uint32)).sum()
-    return (scales + (x.values.view(jnp.uint8) != y.values.view(jnp.uint8)).sum()).astype(jnp.float32)

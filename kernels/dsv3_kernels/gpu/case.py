@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import dsv3_kernels
+from dsv3_kernels.quantize import QTensor
 
 
 class Published(NamedTuple):
@@ -109,6 +110,12 @@ def diff(x: jax.Array, y: jax.Array) -> jax.Array:
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     size = jnp.sum(x * x) + jnp.sum(y * y)
     return jnp.where(size == 0, jnp.float32(0), jnp.sum((x - y) ** 2) / jnp.where(size == 0, jnp.float32(1), size))
+
+
+def different_bits(x: QTensor, y: QTensor) -> jax.Array:
+    """How many scales and values differ in a bit."""
+    scales = (x.scales.view(jnp.uint32) != y.scales.view(jnp.uint32)).sum()
+    return (scales + (x.values.view(jnp.uint8) != y.values.view(jnp.uint8)).sum()).astype(jnp.float32)
 
 
 def worst(x: jax.Array, y: jax.Array) -> jax.Array:

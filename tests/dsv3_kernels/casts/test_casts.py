@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsv3_kernels as kernels
-from dsv3_kernels.casts import cases, reference
+from dsv3_kernels.casts import bench, cases, reference
 from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
 from dsv3_kernels.testing import calc_diff
 
@@ -167,3 +167,19 @@ def test_wrong_inputs_are_refused_with_a_remedy():
     for op in OPS:
         with pytest.raises(ValueError, match="'e8m0' is unknown; use 'float32' or 'ue8m0'"):
             getattr(kernels, op)(q if op == "requantize_transposed" else jnp.ones((4, 4)), scale="e8m0")
+
+
+def test_a_step_and_a_scale_are_told_apart():
+    q = kernels.cast_tokens(jnp.asarray(random_matrix(0, 4, 256)))
+    assert float(bench.largest_step(q, q)) == 0
+    moved = QTensor((q.values.view(jnp.uint8) ^ jnp.uint8(1)).view(q.values.dtype), q.scales)
+    assert float(bench.largest_step(moved, q)) == 1
+    assert float(bench.largest_step(QTensor(q.values, q.scales * 1.001), q)) == np.inf
+
+
+def test_bytes_of_a_bench_row():
+    rows = {case.op: bench.num_bytes(case) for case in reversed(cases.REAL)}
+    assert rows["cast_tokens"] == 4096 * 7168 * 3 + 4096 * 56 * 4
+    assert rows["swiglu_cast"] == 8192 * 2048 * 5 + 8192 * 16 * 4
+    assert rows["requantize_transposed"] == 2 * 4096 * 7168 + 2 * 4096 * 56 * 4
+    assert rows["cast_blocks"] == 7168 * 2048 * 5 + 56 * 16 * 4
