@@ -1,8 +1,8 @@
 """The casts of tokens, SwiGLU products and weights for Hopper: one pass over memory, everything else in registers.
 
 Where K is a multiple of 128, the tiles of 1x128 lie one after another in memory, as do their scales, so that [M, K] is
-cast as [M K / 128, 128] whatever M is. A warpgroup loads some of these rows 16 bytes a thread, all before the first
-is used; a warp's lanes share a row, and reduce it by shuffles. Nothing goes through shared memory.
+cast as [M K / 128, 128] whatever M is. A warpgroup takes some of these rows, in loads of 16 bytes a thread; the lanes
+of a warp share a row, and reduce it by shuffles. Nothing goes through shared memory.
 """
 
 import functools
@@ -22,7 +22,7 @@ from dsv3_kernels.quantize import QTensor
 from dsv3_kernels.scales import reciprocal_of, scale_of
 
 ROWS = (64, 32, 16, 8)
-"""Rows of 128 a warpgroup may take; the first that divides what there is. 64 rows of bf16 are 8 loads in flight."""
+"""Rows of 128 a warpgroup may take; the first that divides what there is. 64 rows of bf16 are 8 loads a thread."""
 MUST_CONTAIN = (r"F2FP\.SATFINITE\.E4M3", r"LDG?\.E\.128")
 """The conversion in hardware, loads of 16 bytes."""
 
