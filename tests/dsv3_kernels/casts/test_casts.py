@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsv3_kernels as kernels
+from dsv3_kernels import dispatch
 from dsv3_kernels.casts import bench, cases, reference
 from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
 from dsv3_kernels.testing import calc_diff
@@ -183,3 +184,11 @@ def test_bytes_of_a_bench_row():
     assert rows["swiglu_cast"] == 8192 * 2048 * 5 + 8192 * 16 * 4
     assert rows["requantize_transposed"] == 2 * 4096 * 7168 + 2 * 4096 * 56 * 4
     assert rows["cast_blocks"] == 7168 * 2048 * 5 + 56 * 16 * 4
+
+
+@pytest.mark.skipif(dispatch.why_no_pallas() is None, reason="a Hopper GPU is here")
+@pytest.mark.parametrize("op", OPS)
+def test_the_kernel_without_its_gpu_is_refused_with_a_remedy(op):
+    value = on_device(argument(op, random_matrix(0, 128, 128)))
+    with pytest.raises(NotImplementedError, match=rf"{op}.*needs (a Hopper GPU|jax).*leave it None"):
+        getattr(kernels, op)(value, implementation="pallas")
