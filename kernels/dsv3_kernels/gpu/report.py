@@ -58,7 +58,7 @@ def markdown(machine: Mapping[str, Any], ceilings: Ceilings, rows: Sequence[Row]
     lines += [f"- {name}: {value}" for name, value in machine.items() if name != "device"]
     lines += [
         f"- ceilings measured in this run: copy {ceilings.copy_bytes / 1e9:.0f} GB/s, product of large matrices "
-        f"{ceilings.bf16_flops / 1e12:.0f} TFLOPS in bf16, {ceilings.fp8_flops / 1e12:.0f} in FP8 with one scale",
+        f"{ceilings.bf16_flops / 1e12:.0f} TFLOPS in bf16, {ceilings.fp8_flops / 1e12:.0f} in FP8 without scales",
         "",
         "`of ceiling`: time that the bytes need at the copy rate or the product at the FP8 rate, whichever is longer "
         "(m, c), by the time taken. `×`: how many times as long the other way takes; above 1 the kernel is faster.",
