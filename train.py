@@ -14,12 +14,10 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import rich.console
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
-from dsv3_jax.config.train import TrainConfig
 from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
@@ -30,7 +28,7 @@ from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.interrupt import StopRequest
 from dsv3_jax.training.log import ProgressBar, RunLog
 from dsv3_jax.training.metrics import Progress, Speed, metrics_row, mfu
-from dsv3_jax.training.schedules import bias_speed, learning_rate, mtp_weight, num_micro_batches
+from dsv3_jax.training.schedules import num_micro_batches, rates_at
 from dsv3_jax.training.step import Rates, StepReport, make_step
 from dsv3_jax.training.throughput import measure_matmul_peak
 
@@ -120,15 +118,6 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
         console.print(f"saved after step {run.progress.step}; the same command continues.", highlight=False)
     else:
         finish(run, sum_loss, generate, console)
-
-
-def rates_at(tokens: int, cfg: TrainConfig) -> Rates:
-    """The schedules' values for the step that ends at `tokens`."""
-    return Rates(
-        learning_rate=np.float32(learning_rate(tokens, cfg.lr)),
-        mtp_weight=np.float32(mtp_weight(tokens, cfg.auxiliary)),
-        bias_speed=np.float32(bias_speed(tokens, cfg.auxiliary)),
-    )
 
 
 def is_due(progress: Progress, every: int) -> bool:

@@ -9,7 +9,8 @@ allocating them. Training it took the report 2048 H800 and 2.66M GPU hours.
 Everything is a default of the configuration classes, spelled out here where the report gives a number. Not in the
 report, and so a choice: the shape of the batch ramp (linear in tokens), the decay of the parameters' average, AdamW's
 epsilon, the micro-batch. Bias speed and MTP weight switch at the tokens the report names; documents are packed
-without a mask between them; a tenth of them is rearranged for fill-in-the-middle.
+without a mask between them; a tenth of them is rearranged for fill-in-the-middle; projections and experts are
+multiplied in FP8 (`dsv3_jax/precision/README.md`).
 """
 
 from dsv3_jax.config.data import DataConfig
@@ -48,4 +49,4 @@ def get_config() -> RunConfig:
         remat="paper",
     )
     data = DataConfig(fim_rate=0.1, document_mask=False)
-    return RunConfig(name="dsv3_671b", model=ModelConfig(), data=data, train=train, precision="mixed")
+    return RunConfig(name="dsv3_671b", model=ModelConfig(), data=data, train=train, precision="fp8_dsv3")

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 AnyArray = Array | np.ndarray
 """What the public functions take: arrays of jax or of numpy."""
@@ -32,4 +32,4 @@ Variables = Mapping[str, Any]
 
 DType = jax.typing.DTypeLike
 
-__all__ = ["AnyArray", "Array", "Bool", "DType", "Float", "Int", "PRNGKeyArray", "Params", "Variables"]
+__all__ = ["AnyArray", "Array", "Bool", "DType", "Float", "Int", "PRNGKeyArray", "Params", "UInt", "Variables"]

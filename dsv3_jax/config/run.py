@@ -1,31 +1,44 @@
 """One run: everything that decides its result, and nothing else."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from dsv3_jax.config.check import check
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.train import TrainConfig
 
+Precision = Literal["float32", "bfloat16", "mixed", "fp8_dsv3"]
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """What a file in `configs/` returns and what a checkpoint stores.
 
-    `precision` names a policy of `dsv3_jax.precision.policy`. `seed` fixes the initial weights; data has its own.
+    `precision` names a policy of `dsv3_jax.precision.policy`: "float32"; "bfloat16"; "mixed", float32 parameters and
+    bfloat16 arithmetic; "fp8_dsv3", the same with projections and experts multiplied in FP8. `seed` fixes the initial
+    weights; data has its own.
     """
 
     name: str
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    precision: Literal["float32", "bfloat16", "mixed"] = "float32"
+    precision: Precision = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check(
-            self.precision in ("float32", "bfloat16", "mixed"),
-            f"precision={self.precision!r} is unknown; use 'float32', 'bfloat16' or 'mixed' (RunConfig.precision).",
+            self.precision in get_args(Precision),
+            f"precision={self.precision!r} is unknown; use one of {', '.join(get_args(Precision))} "
+            "(RunConfig.precision).",
         )
         check(0 <= self.seed < 2**31, f"seed={self.seed} is outside 0..2^31-1 (RunConfig.seed).")
+
+    @property
+    def moment_dtype(self) -> Literal["float32", "bfloat16"]:
+        """How Adam's moments are stored: what `train.optimizer.moment_dtype` says, or the precision's recipe."""
+        chosen = self.train.optimizer.moment_dtype
+        if chosen != "recipe":
+            return chosen
+        return "bfloat16" if self.precision == "fp8_dsv3" else "float32"

@@ -70,7 +70,8 @@ class BatchConfig:
 class OptimizerConfig:
     """AdamW with decoupled decay on matrices only, after clipping by global norm (report section 4.2).
 
-    `epsilon` is not in the report. `moment_dtype`: the report keeps both moments in bfloat16.
+    `epsilon` is not in the report. `moment_dtype`: how both moments are stored; "recipe" is bfloat16 with
+    precision=fp8_dsv3, as in the report, and float32 with any other.
     """
 
     beta1: float = 0.9
@@ -78,7 +79,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    moment_dtype: Literal["recipe", "float32", "bfloat16"] = "recipe"
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -87,8 +88,8 @@ class OptimizerConfig:
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (OptimizerConfig.{name}).")
         check(self.weight_decay >= 0, f"weight_decay={self.weight_decay} is negative (OptimizerConfig).")
         check(
-            self.moment_dtype in ("float32", "bfloat16"),
-            f"moment_dtype={self.moment_dtype!r} is unknown; use 'float32' or 'bfloat16' (OptimizerConfig).",
+            self.moment_dtype in ("recipe", "float32", "bfloat16"),
+            f"moment_dtype={self.moment_dtype!r} is unknown; use 'recipe', 'float32' or 'bfloat16' (OptimizerConfig).",
         )
 
 

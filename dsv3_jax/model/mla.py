@@ -73,7 +73,7 @@ def mla(
         segment_ids,
         scale=softmax_scale(cfg.mla, cfg.yarn),
     )
-    return _project_out(params, checkpoint_name(out_BTHW, "kept"), policy=policy), cached
+    return _project_out(params, out_BTHW, policy=policy), cached
 
 
 def absorb(params: Params, *, cfg: ModelConfig) -> dict[str, Array]:
@@ -112,7 +112,7 @@ def _project_out(params: Params, out_BTHW: Array, *, policy: Policy) -> Float[Ar
     """u = W^O·[o_1; …; o_h] (eq. 11)."""
     B, T = out_BTHW.shape[:2]
     w_XD = params["out"].reshape(-1, params["out"].shape[-1])
-    return policy.linear(out_BTHW.reshape(B, T, -1), w_XD)
+    return policy.attention_linear(out_BTHW.reshape(B, T, -1), w_XD)
 
 
 class MLA(nn.Module):

@@ -1,25 +1,16 @@
 """SwiGLU feed-forward, used by dense layers and by the shared experts."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Float, Params
 
 
-def swiglu(gate_up: Float[Array, "... F2"]) -> Float[Array, "... F"]:
-    """silu(gate)·up, where the last axis holds all gates, then all ups (arXiv 2002.05202)."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
 def mlp(params: Params, x: Float[Array, "... D"], *, policy: Policy) -> Float[Array, "... D"]:
     """W_down·(silu(W_gate·x) · W_up·x); gate and up are one multiplication."""
     gate_up = params["gate_up"]
-    hidden = checkpoint_name(policy.linear(x, gate_up.reshape(gate_up.shape[0], -1)), "kept")
-    return policy.linear(swiglu(hidden), params["down"])
+    return policy.swiglu_linear(policy.linear(x, gate_up.reshape(gate_up.shape[0], -1)), params["down"])
 
 
 class MLP(nn.Module):

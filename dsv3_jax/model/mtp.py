@@ -42,7 +42,7 @@ def join(
         rms_norm(embedded, params["embed_norm"]["scale"], eps=cfg.norm_eps),
         rms_norm(hidden, params["hidden_norm"]["scale"], eps=cfg.norm_eps),
     ]
-    return policy.linear(jnp.concatenate(parts, axis=-1), params["proj"]["w"])
+    return policy.plain_linear(jnp.concatenate(parts, axis=-1), params["proj"]["w"])
 
 
 def mtp(
@@ -134,7 +134,7 @@ class Projection(nn.Module):
         return {"w": self.param("w", normal, (self.in_dim, self.out_dim), jnp.float32)}
 
     def __call__(self, x: Float[Array, "... A"], *, policy: Policy) -> Float[Array, "... Z"]:
-        return policy.linear(x, self.weights()["w"])
+        return policy.plain_linear(x, self.weights()["w"])
 
 
 def declare_mtp_module(cfg: ModelConfig, key: jax.Array) -> dict:

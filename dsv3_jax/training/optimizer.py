@@ -12,12 +12,17 @@ from dsv3_jax.model.params import ParamSpec, abstract_params
 from dsv3_jax.typing import Array, DType, Float, Params
 
 
-def make_optimizer(cfg: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
-    """Turns float32 gradients into the direction that `apply_update` scales by the learning rate."""
+def make_optimizer(
+    cfg: OptimizerConfig, model: ModelConfig, *, moment_dtype: DType = jnp.float32
+) -> optax.GradientTransformation:
+    """Turns float32 gradients into the direction that `apply_update` scales by the learning rate.
+
+    `moment_dtype`: of a run, `RunConfig.moment_dtype`.
+    """
     moments = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon)
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        _stored_as(moments, jnp.dtype(cfg.moment_dtype)),
+        _stored_as(moments, jnp.dtype(moment_dtype)),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask(model)),
     )
 

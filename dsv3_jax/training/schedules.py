@@ -6,7 +6,19 @@ compiled step as scalars. "At token t" means: for the step after which t tokens 
 
 import math
 
-from dsv3_jax.config.train import AuxiliaryConfig, BatchConfig, LearningRateConfig
+import numpy as np
+
+from dsv3_jax.config.train import AuxiliaryConfig, BatchConfig, LearningRateConfig, TrainConfig
+from dsv3_jax.training.step import Rates
+
+
+def rates_at(tokens: int, cfg: TrainConfig) -> Rates:
+    """The schedules' values for the step that ends at `tokens`."""
+    return Rates(
+        learning_rate=np.float32(learning_rate(tokens, cfg.lr)),
+        mtp_weight=np.float32(mtp_weight(tokens, cfg.auxiliary)),
+        bias_speed=np.float32(bias_speed(tokens, cfg.auxiliary)),
+    )
 
 
 def learning_rate(tokens: int, cfg: LearningRateConfig) -> float:

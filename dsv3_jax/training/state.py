@@ -39,7 +39,7 @@ def abstract_state(cfg: RunConfig) -> TrainState:
 def _fresh_state(cfg: RunConfig) -> TrainState:
     weights_key, run_key = jax.random.split(jax.random.key(cfg.seed))
     variables = init(cfg.model, weights_key, get_policy(cfg.precision).param_dtype)
-    opt_state = make_optimizer(cfg.train.optimizer, cfg.model).init(variables["params"])
+    opt_state = make_optimizer(cfg.train.optimizer, cfg.model, moment_dtype=cfg.moment_dtype).init(variables["params"])
     return TrainState(variables["params"], variables["router_state"], opt_state, jax.random.key_data(run_key))
 
 

@@ -16,7 +16,7 @@ import optax
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.model.moe.router import update_bias
 from dsv3_jax.model.transformer import Hidden, hidden_states
-from dsv3_jax.precision.policy import get_policy
+from dsv3_jax.precision.policy import Policy, get_policy
 from dsv3_jax.training.loss import next_token_loss
 from dsv3_jax.training.optimizer import apply_update, make_optimizer
 from dsv3_jax.training.state import TrainState
@@ -66,11 +66,13 @@ def batch_loss(
     mtp_weight: Float[Array, ""],
     *,
     cfg: RunConfig,
+    policy: Policy | None = None,
     next_token_loss: Callable[..., Float[Array, ""]] = next_token_loss,
 ) -> tuple[Float[Array, ""], Parts]:
     """L = L_main + λ/D Σ_k L_k + α Σ_layers L_balance (report eq. 17-20, 24-25), this micro-batch's share of it.
 
     `counts` are the labels of the whole batch for each depth, `share` this micro-batch's share of its sequences.
+    `policy` defaults to the one that `cfg.precision` names.
     """
     train = cfg.train
     states = hidden_states(
@@ -79,7 +81,7 @@ def batch_loss(
         batch.tokens,
         batch.positions,
         batch.segment_ids,
-        policy=get_policy(cfg.precision),
+        policy=policy or get_policy(cfg.precision),
         remat=train.remat,
     )
     head = params["unembed"]["w"]
@@ -106,7 +108,7 @@ def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> StepFunc
 
     One micro-batch is one fused program; several are one program each, summed, and one for the update.
     """
-    optimizer = make_optimizer(cfg.train.optimizer, cfg.model)
+    optimizer = make_optimizer(cfg.train.optimizer, cfg.model, moment_dtype=cfg.moment_dtype)
     value_and_grad = jax.value_and_grad(partial(loss, cfg=cfg), has_aux=True)
 
     def gradients(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:

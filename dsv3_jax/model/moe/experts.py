@@ -19,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.model.moe.dispatch import BlockPlan, sum_pairs
+from dsv3_jax.precision.plain import swiglu
 from dsv3_jax.typing import Array, Float, Int
 
 CHUNK_ROWS = 512
@@ -42,7 +43,7 @@ def expert_ffn(
     grouped_linear = grouped_linear or grouped_matmul
     gate_up, down = _weights_as(params, rows.dtype)
     gate_up_MX = grouped_linear(rows, gate_up, block_expert)
-    return grouped_linear(_swiglu(gate_up_MX), down, block_expert)
+    return grouped_linear(swiglu(gate_up_MX), down, block_expert)
 
 
 def routed_ffn(
@@ -126,7 +127,7 @@ def _run_routed(x, gate_up, down, weights, plan, *kept):
     def feed_forward(start, size, expert, outs):
         out, *kept = outs
         chunk_gate_up = _matmul(_tokens(x, plan, start, size), _pick(gate_up, expert))
-        weighted = _swiglu(chunk_gate_up) * _rows(weight_M, start, size)[:, None]
+        weighted = swiglu(chunk_gate_up) * _rows(weight_M, start, size)[:, None]
         chunk_out = _matmul(weighted.astype(x.dtype), _pick(down, expert))
         return _write(out, chunk_out, start), *[_write(buffer, chunk_gate_up, start) for buffer in kept]
 
@@ -145,7 +146,7 @@ def _routed_backward(residuals, d_out):
         d_rows, d_weight_M, d_gate_up, d_down = gradients
         d_chunk = _tokens(d_out, plan, start, size)
         weight = _rows(weight_M, start, size)[:, None]
-        product, d_product = jax.vjp(_swiglu, _rows(kept, start, size).astype(jnp.float32))
+        product, d_product = jax.vjp(swiglu, _rows(kept, start, size).astype(jnp.float32))
         d_weighted = _matmul_transposed(d_chunk, _pick(down, expert))
         d_weight_M = _write(d_weight_M, (d_weighted * product).sum(axis=1), start)
         d_chunk_gate_up = d_product(d_weighted * weight)[0].astype(x.dtype)
@@ -231,11 +232,6 @@ def _block_size(rows: Array, block_expert: Array) -> int:
 def _weights_as(params: Mapping[str, Array], dtype: Any) -> tuple[Float[Array, "E D X"], Float[Array, "E F D"]]:
     gate_up = params["gate_up"]
     return gate_up.astype(dtype).reshape(*gate_up.shape[:2], -1), params["down"].astype(dtype)
-
-
-def _swiglu(gate_up: Float[Array, "M X"]) -> Float[Array, "M F"]:
-    gate, up = jnp.split(gate_up, 2, axis=1)
-    return jax.nn.silu(gate) * up
 
 
 def _matmul(x: Array, w: Array) -> Array:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.model.mlp import swiglu
+from dsv3_jax.precision.plain import swiglu
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Float, Int
 

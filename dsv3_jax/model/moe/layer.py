@@ -10,9 +10,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config.model import MoEConfig
 from dsv3_jax.model.mlp import MLP, mlp
-from dsv3_jax.model.moe.dispatch import block_size_for, plan_blocks
+from dsv3_jax.model.moe.dispatch import BlockPlan, block_size_for, plan_blocks
 from dsv3_jax.model.moe.experts import routed_ffn
 from dsv3_jax.model.moe.router import Router, expert_load, route, router_logits, routing, sequence_balance_loss
+from dsv3_jax.precision.fp8_experts import BLOCK_ROWS
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Bool, Float, Int, Params
 
@@ -39,9 +40,15 @@ def local_experts(
 ) -> Float[Array, "N D"]:
     """Σ_k weight·FFN_expert(x), dropless, on one device: sort by expert, multiply block by block, sum back."""
     num_experts = params["down"].shape[0]
-    plan = plan_blocks(ids, num_experts, block_size=block_size_for(ids.size, num_experts))
-    plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "kept"), plan)
+    if policy.routed_experts is not None:
+        plan = _kept(plan_blocks(ids, num_experts, block_size=BLOCK_ROWS))
+        return policy.routed_experts(x, params, weights, plan, dtype=policy.compute_dtype)
+    plan = _kept(plan_blocks(ids, num_experts, block_size=block_size_for(ids.size, num_experts)))
     return routed_ffn(x.astype(policy.compute_dtype), params, weights, plan)
+
+
+def _kept(plan: BlockPlan) -> BlockPlan:
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, "kept"), plan)
 
 
 def moe(

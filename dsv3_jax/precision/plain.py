@@ -1,0 +1,28 @@
+"""The projections of a model in one dtype: the plain twins of the FP8 forms."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.typing import Array, DType, Float
+
+
+def linear(x: Float[Array, "... A"], w: Float[Array, "A Z"], *, dtype: DType) -> Float[Array, "... Z"]:
+    """x·w, both in `dtype`."""
+    return jax.lax.dot_general(x.astype(dtype), w.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def swiglu(gate_up: Float[Array, "... F2"]) -> Float[Array, "... F"]:
+    """silu(gate)·up, where the last axis holds all gates, then all ups (arXiv 2002.05202)."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def swiglu_linear(gate_up: Float[Array, "... F2"], w: Float[Array, "F Z"], *, dtype: DType) -> Float[Array, "... Z"]:
+    """swiglu(gate_up)·w; gate and up are kept for the backward pass, their product may be made again."""
+    return linear(swiglu(checkpoint_name(gate_up, "kept")), w, dtype=dtype)
+
+
+def attention_linear(x: Float[Array, "... A"], w: Float[Array, "A Z"], *, dtype: DType) -> Float[Array, "... Z"]:
+    """x·w, where x is what attention put out; it is kept for the backward pass."""
+    return linear(checkpoint_name(x, "kept"), w, dtype=dtype)
