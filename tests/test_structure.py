@@ -61,6 +61,7 @@ ALLOWED = {
     "dsv3_jax/planning": [
         "dsv3_jax.typing",
         "dsv3_jax.config",
+        "dsv3_jax.precision",
         "dsv3_jax.model",
         "dsv3_jax.parallel",
         "dsv3_jax.interop.hf_names",

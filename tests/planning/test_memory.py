@@ -1,0 +1,50 @@
+"""Activations kept for the backward pass: what the formulas say is what the model holds."""
+
+import collections
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.config.load import load_config
+from dsv3_jax.planning.memory import allocated_a_layer, kept_tensors, main, residuals
+from dsv3_jax.precision.policy import FP8_DSV3, MIXED
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = load_config(CONFIGS / "tiny.py").model
+
+
+@pytest.mark.parametrize("policy", [MIXED, FP8_DSV3], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("is_moe", [False, True], ids=["dense", "moe"])
+def test_shapes_account_for_every_tensor_of_the_backward_pass(policy, is_moe):
+    kept = kept_tensors(TINY, policy, rows=3, seq_len=50, is_moe=is_moe)
+    counted = collections.Counter((tensor.shape, tensor.dtype) for tensor in kept)
+    assert residuals(TINY, policy, rows=3, seq_len=50, is_moe=is_moe) == counted
+
+
+def test_nothing_of_a_layer_but_its_input_is_kept_by_full_rematerialisation():
+    held = residuals(TINY, FP8_DSV3, rows=2, seq_len=40, is_moe=True, remat="full")
+    assert held == collections.Counter({((2, 40, TINY.model_dim), "bfloat16"): 1})
+
+
+def test_the_table_of_the_released_model(capsys):
+    assert main([str(CONFIGS / "dsv3_671b.py"), "--rows", "8"]) == 0
+    printed = capsys.readouterr().out
+    rows = {}
+    for line in printed.split("MoE layers")[1].splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 4 and cells[1][0].isdigit():
+            rows[cells[0]] = float(cells[3])
+    assert rows["SwiGLU's inputs"] == pytest.approx(2 / (1 + 4 / 128), abs=0.01)
+    assert rows["attention's output"] == pytest.approx(2 / (1.5 + 4 / 128), abs=0.01)
+    assert rows["residual stream"] == 1
+    assert rows["SwiGLU's inputs, routed"] > 1.7  # blocks of 128 rows are padded more than blocks of 64
+    assert 1.35 < rows["total"] < 1.6
+    assert main([str(CONFIGS / "tiny.py"), "--rows", "0"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [MIXED, FP8_DSV3], ids=lambda policy: policy.name)
+def test_xla_allocates_for_a_layer_what_the_shapes_say(policy):
+    """To 64 bytes, which is what XLA aligns a buffer to."""
+    kept = sum(tensor.size for tensor in kept_tensors(TINY, policy, rows=8, seq_len=256, is_moe=True))
+    assert abs(allocated_a_layer(TINY, policy, rows=8, seq_len=256) - kept) <= 64
