@@ -24,6 +24,19 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+class Stopwatch:
+    """Seconds from one lap to the next."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the watch was made."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
 def summary(seconds: list[float]) -> dict[str, float]:
     """Median, fastest and slowest."""
     return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
