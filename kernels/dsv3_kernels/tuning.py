@@ -1,7 +1,8 @@
-"""The tile of each shape, from a table for H100, or from a model of it for shapes that the table lacks.
+"""The tile of each shape, from a table for this GPU, or from a model of an H100 for shapes that the table lacks.
 
-`python -m dsv3_kernels.tuning` times the model's best candidates on this machine's GPU and rewrites the tables with
-what it measured; `--model` writes what the model says, without a GPU. Every row states which of both it is.
+`python -m dsv3_kernels.tuning` times the model's best candidates on this machine's GPU, refuses those whose product is
+wrong, and writes the tables of that GPU with what it measured; `--model` writes what the model says into those of
+H100, without a GPU. Every row states which of both it is. A GPU without tables of its own uses those of H100.
 """
 
 import argparse
@@ -17,11 +18,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_kernels.sm90 import model
+from dsv3_kernels.gpu import machine
+from dsv3_kernels.gpu.timing import seconds_per_launch, usable_clock
+from dsv3_kernels.sm90 import model, trial
 from dsv3_kernels.sm90.model import Problem
 from dsv3_kernels.sm90.tile import Tile, output_slots
 
-FOLDER = "tuned/h100_sxm"
+FOLDER, H100 = "tuned", "h100_sxm"
+FOLDERS = {"NVIDIA H100 80GB HBM3": H100}
+"""Tables of a device, in a folder of its name where none is given here."""
+SAMPLES = 5
 DENSE, CONTIGUOUS, MASKED, CONTRACTION = "dense", "contiguous", "masked", "contraction"
 FILES = {DENSE: "fp8_gemm", CONTIGUOUS: "grouped_fp8_gemm", MASKED: "grouped_fp8_gemm", CONTRACTION: "grouped_fp8_gemm"}
 """Kinds of product, and the table each is in."""
@@ -64,10 +70,22 @@ def choose(kind: str, problem: Problem) -> Tile:
     return model.best_tile(problem)
 
 
-@functools.cache
 def table(kind: str) -> list[dict[str, Any]]:
-    """Rows of the kind's table."""
-    path = importlib.resources.files("dsv3_kernels").joinpath(FOLDER, FILES[kind] + ".json")
+    """Rows of the kind's table, of this process's GPU if it has one, else of H100."""
+    return _read(FILES[kind], device_folder())
+
+
+def device_folder() -> str:
+    """The name of the folder of tables for this process's GPU; H100's where there is no GPU."""
+    device = jax.devices()[0]
+    return FOLDERS.get(device.device_kind, machine.file_stem(device.device_kind)) if device.platform == "gpu" else H100
+
+
+@functools.cache
+def _read(name: str, folder: str) -> list[dict[str, Any]]:
+    tables = importlib.resources.files("dsv3_kernels").joinpath(FOLDER)
+    own = tables.joinpath(folder, f"{name}.json")
+    path = own if own.is_file() else tables.joinpath(H100, f"{name}.json")
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
@@ -115,37 +133,40 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dsv3_kernels.tuning", description=__doc__)
     parser.add_argument("--model", action="store_true", help="write what the model says, and measure nothing")
-    parser.add_argument("--candidates", type=int, default=6, help="how many of the model's best tiles to time")
+    parser.add_argument(
+        "--candidates", type=int, default=6, help="how many of the model's best tiles to time (default %(default)s)"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="only kinds whose name holds TEXT; keeps other rows")
     options = parser.parse_args(arguments)
     device = jax.devices()[0]
     if not options.model and device.platform != "gpu":
-        print(f"jax runs on {device.platform}: nothing to measure; --model writes the modelled tables.")
+        print(f"{machine.no_gpu('python -m dsv3_kernels.tuning')} --model writes the modelled tables.")
         return 0
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in sorted(set(FILES.values()))}
+    seconds = None if options.model else _clock()
     for kind, problem in problems():
         if options.only not in kind:
             rows[FILES[kind]] += [row for row in table(kind) if row["kind"] == kind and row["problem"] == _key(problem)]
-        elif options.model:
+        elif seconds is None:
             tile = model.best_tile(problem)
             rows[FILES[kind]].append(_row(kind, problem, tile, model.seconds(problem, tile), "modelled"))
         else:
-            tile, seconds = _fastest(kind, problem, options.candidates)
-            rows[FILES[kind]].append(_row(kind, problem, tile, seconds, f"measured on {device.device_kind}"))
-            print(f"{kind:<12} {_key(problem)}  {tile.name:<24} {seconds * 1e6:9.1f} us", flush=True)
+            tile, best = trial.fastest(
+                trial.make_trial(kind, problem), model.candidates(problem)[: options.candidates], seconds
+            )
+            rows[FILES[kind]].append(_row(kind, problem, tile, best, f"measured on {device.device_kind}"))
+            print(f"{kind:<12} {_key(problem)}  {tile.name:<24} {best * 1e6:9.1f} us", flush=True)
+    folder = H100 if options.model else device_folder()
     for name, kept in rows.items():
-        _write(Path(__file__).parent / FOLDER / f"{name}.json", kept)
+        _write(Path(__file__).parent / FOLDER / folder / f"{name}.json", kept)
     return 0
 
 
-def _fastest(kind: str, problem: Problem, count: int) -> tuple[Tile, float]:
-    """The fastest of the model's `count` best tiles, on this GPU, among those that give the right product."""
-    from dsv3_kernels.sm90 import timing
-
-    call = timing.make_call(kind, problem)
-    timed = [(timing.seconds_a_call(call, tile), tile) for tile in model.candidates(problem)[:count]]
-    seconds, tile = min(timed, key=lambda pair: pair[0])
-    return tile, seconds
+def _clock() -> trial.Seconds:
+    """The bench's clock."""
+    clock, obstacle = usable_clock()
+    print(f"clock: {clock}" + (f" ({obstacle})" if obstacle else ""))
+    return lambda function, sets: seconds_per_launch(function, sets, clock=clock, samples=SAMPLES)[0]
 
 
 def _fits(problem: Problem, tile: Tile) -> bool:

@@ -1,10 +1,13 @@
 """Tiles for shapes: the tables are sound, and the model stands in where they are silent."""
 
+import types
+
+import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv3_kernels import tuning
-from dsv3_kernels.sm90 import model
+from dsv3_kernels import dispatch, tuning
+from dsv3_kernels.sm90 import model, trial
 from dsv3_kernels.sm90.tile import SHARED_LIMIT, Tile, output_slots, stage_bytes
 
 
@@ -66,3 +69,66 @@ def test_writing_the_modelled_tables_changes_nothing_that_is_modelled(monkeypatc
     for kind, name in tuning.FILES.items():
         if all(row["source"] == "modelled" for row in tuning.table(kind)):
             assert written[name] == tuning.table(kind)
+
+
+RIGHT, WRONG, BROKEN = Tile(64, 64, 4), Tile(64, 64, 5), Tile(64, 64, 6)
+
+
+def _trial():
+    def kernel(x, tile):
+        if tile == BROKEN:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too much shared memory\nmore")
+        return x * 2 if tile == RIGHT else x * 2 + 1
+
+    return trial.Trial([jnp.arange(8.0)], kernel, lambda x: 2 * x)
+
+
+def _seconds_by_stages(function, sets):
+    return {4: 3.0, 5: 2.0, 6: 1.0}[function.keywords["tile"].stages]
+
+
+def test_a_faster_tile_with_a_wrong_product_is_not_chosen(capsys):
+    assert trial.fastest(_trial(), [WRONG, BROKEN, RIGHT], _seconds_by_stages) == (RIGHT, 3.0)
+    said = capsys.readouterr().err
+    assert f"tile {WRONG.name} is wrong" in said
+    assert f"tile {BROKEN.name} does not run: RESOURCE_EXHAUSTED: too much shared memory" in said
+
+
+def test_no_right_tile_is_an_error():
+    with pytest.raises(RuntimeError, match=r"64x64 s5.*gives the right product"):
+        trial.fastest(_trial(), [WRONG], _seconds_by_stages)
+
+
+SMALL = {
+    tuning.DENSE: tuning.dense(64, 96, 256, out_dtype=jnp.bfloat16, is_b_scaled_by_row=True),
+    tuning.CONTIGUOUS: tuning.contiguous(1024, 64, 128, out_dtype=jnp.bfloat16),
+    tuning.MASKED: tuning.masked(2, 64, 64, 128, out_dtype=jnp.float32),
+    tuning.CONTRACTION: tuning.contraction(2, 64, 64, 256),
+}
+
+
+@pytest.mark.skipif(jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX, reason="the kernels need a newer jax")
+@pytest.mark.parametrize("kind", sorted(SMALL))
+def test_kernel_and_plain_form_of_a_trial_are_the_same_product(kind, monkeypatch):
+    monkeypatch.setattr(trial, "num_input_sets", lambda num_bytes: 2)
+    made = trial.make_trial(kind, SMALL[kind])
+    tile = model.best_tile(SMALL[kind])
+    out = jax.eval_shape(lambda x: made.kernel(x, tile=tile), made.sets[0])
+    plain = jax.jit(made.plain)(made.sets[0])
+    assert (out.shape, out.dtype) == (plain.shape, plain.dtype)
+    assert bool((plain != 0).any(-1).all())
+    assert len(made.sets) == 2
+    assert bool((made.sets[0][0].values != made.sets[1][0].values).any())
+
+
+def test_each_device_has_tables_of_its_own_and_h100_stands_in(tmp_path, monkeypatch):
+    assert tuning.device_folder() == "h100_sxm" or jax.devices()[0].platform == "gpu"
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    monkeypatch.setattr(tuning.jax, "devices", lambda: [device])
+    assert tuning.device_folder() == "nvidia_h200"
+    assert tuning.table(tuning.DENSE) == tuning._read("fp8_gemm", "h100_sxm")
+    monkeypatch.setattr(tuning.importlib.resources, "files", lambda package: tmp_path)
+    tuning._write(tmp_path / "tuned" / "nvidia_h200" / "fp8_gemm.json", [{"kind": "dense"}])
+    tuning._read.cache_clear()
+    assert tuning.table(tuning.DENSE) == [{"kind": "dense"}]
+    tuning._read.cache_clear()

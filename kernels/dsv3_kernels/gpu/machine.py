@@ -24,11 +24,11 @@ def gpu() -> Any | None:
     return device if device.platform == "gpu" else None
 
 
-def no_gpu() -> str:
-    """What a program says where there is none."""
+def no_gpu(command: str = "make gpu") -> str:
+    """What a program says where there is none, and which command to give where there is one."""
     return (
         f"No GPU here (jax {jax.__version__} runs on {jax.devices()[0].platform}): nothing was run. "
-        'On a machine with an NVIDIA GPU: pip install "jax[cuda13]", then make gpu.'
+        f'On a machine with an NVIDIA GPU: pip install "jax[cuda13]", then {command}.'
     )
 
 
