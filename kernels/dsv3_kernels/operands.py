@@ -27,7 +27,7 @@ def row_tile(q: QTensor) -> int:
     return 1 if q.scales.shape[-2] == q.values.shape[-2] else BLOCK
 
 
-def checked_operand(op: str, name: str, q: QTensor, *, rank: int, row_tiles: Sequence[int]) -> QTensor:
+def checked_operand(op: str, name: str, q: Any, *, rank: int, row_tiles: Sequence[int]) -> QTensor:
     """The operand as JAX arrays, after a look at its dtypes, its rank and the shape of its scales.
 
     Args:
@@ -37,6 +37,11 @@ def checked_operand(op: str, name: str, q: QTensor, *, rank: int, row_tiles: Seq
         row_tiles: how many rows may share a scale: 1, 128 or both.
     Raises: ValueError with the value, the rule and the remedy.
     """
+    if not (hasattr(q, "values") and hasattr(q, "scales")):
+        raise ValueError(
+            f"{op}: {name} is a {type(q).__name__} and must be a QTensor of E4M3 values and scales; make it with "
+            "quantize_tiles."
+        )
     values, scales = _array(q.values), _array(q.scales)
     if values.dtype != E4M3:
         raise ValueError(
@@ -65,18 +70,42 @@ def check_contraction(op: str, a: QTensor, b: QTensor) -> None:
     if a.values.shape[-1] != b.values.shape[-1]:
         raise ValueError(
             f"{op}: a.values {a.values.shape} and b.values {b.values.shape} differ in K, the last axis of both; "
-            "pass b as [N, K], that is transposed."
+            f"pass b as [{'N, K' if b.values.ndim == 2 else 'G, N, K'}], that is transposed."
         )
 
 
-def checked_groups(op: str, name: str, ids: Any, *, length: int, rule: str) -> jax.Array:
-    """One int32 per `rule`, as a JAX array; raises ValueError for another shape or dtype."""
+def checked_groups(
+    op: str, name: str, ids: Any, *, length: int, rule: str, lowest: int, highest: int, each: str
+) -> jax.Array:
+    """One int32 for each `each`, as a JAX array.
+
+    The numbers themselves are looked at in a NumPy array only: those of a JAX array may not be known yet.
+
+    Raises: ValueError for another shape or dtype, or a number outside `lowest` ... `highest`, which `rule` explains.
+    """
     array = _array(ids)
     if array.dtype != jnp.int32:
         raise ValueError(f"{op}: {name} has dtype {array.dtype} and must be int32; cast it.")
     if array.shape != (length,):
-        raise ValueError(f"{op}: {name} has shape {array.shape} and must be ({length},): one entry a {rule}.")
+        raise ValueError(
+            f"{op}: {name} has shape {array.shape} and must be ({length},); give one number for each {each}."
+        )
+    if isinstance(ids, np.ndarray) and ids.size and not lowest <= ids.min() <= ids.max() <= highest:
+        wrong = int(ids.min() if ids.min() < lowest else ids.max())
+        raise ValueError(f"{op}: {name} holds {wrong} and must be {lowest} to {highest}; {rule}.")
     return array
+
+
+def check_neighbours(op: str, name: str, ids: Any) -> None:
+    """Raises ValueError if the blocks of a group are not side by side in a NumPy array of groups."""
+    if isinstance(ids, np.ndarray):
+        first = ids[np.flatnonzero(np.diff(ids, prepend=-1))]
+        groups, runs = np.unique(first[first >= 0], return_counts=True)
+        if (runs > 1).any():
+            raise ValueError(
+                f"{op}: the blocks of group {int(groups[runs > 1][0])} in {name} are not side by side; sort the "
+                "contraction by group."
+            )
 
 
 def check_output_dtype(op: str, dtype: jax.typing.DTypeLike) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dsv3_kernels import QTensor, dispatch, fp8_gemm, quantize_tiles
 from dsv3_kernels.gemm import api, cases
 from dsv3_kernels.gpu.case import fp8_limit
+from dsv3_kernels.operands import checked_operand
 from dsv3_kernels.testing import calc_diff
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "fp8_gate.npz")
@@ -191,6 +192,12 @@ def test_refuses_what_does_not_fit(a, b, options, message):
         fp8_gemm(a, b, **options)
     with pytest.raises(ValueError, match=message):
         jax.jit(functools.partial(fp8_gemm, **options))(a, b)
+
+
+def test_a_plain_array_is_no_operand():
+    """Asked below the public functions, whose annotations the tests enforce."""
+    with pytest.raises(ValueError, match=r"fp8_gemm: a is a ndarray and must be a QTensor.*quantize_tiles"):
+        checked_operand("fp8_gemm", "a", np.zeros((4, 256), np.float32), rank=2, row_tiles=(1,))
 
 
 @pytest.mark.skipif(dispatch.why_no_pallas() is None, reason="a Hopper GPU is here")

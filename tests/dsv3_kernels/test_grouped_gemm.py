@@ -250,11 +250,11 @@ contiguous, masked, along = grouped_fp8_gemm, grouped_fp8_gemm_masked, grouped_f
         (contiguous, (ROWS, zeros((3, 130, 128), (3, 2, 1)), IDS), {}, r"differ in K"),
         (contiguous, (ROWS, WEIGHTS, IDS), {"out_dtype": jnp.int8}, r"out_dtype=int8 must be"),
         (masked, (SLABS, zeros((2, 130, 256), (2, 2, 2)), VALID), {}, r"differ in G"),
-        (masked, (SLABS, WEIGHTS, IDS), {}, r"valid_rows has shape \(2,\) and must be \(3,\): one entry a group"),
+        (masked, (SLABS, WEIGHTS, IDS), {}, r"valid_rows has shape \(2,\) and must be \(3,\); give one"),
         (masked, (ROWS, WEIGHTS, VALID), {}, r"a.values.*must have 3 axes"),
         (along, (zeros((8, 200), (8, 2)), zeros((8, 200), (8, 2)), IDS), {"num_groups": 2}, r"K=200.*pad each group"),
         (along, (ROWS, ROWS, IDS), {"num_groups": 0}, r"num_groups=0 must be at least 1"),
-        (along, (ROWS, ROWS, VALID), {"num_groups": 2}, r"block_group.*\(2,\): one entry a 128 elements of K"),
+        (along, (ROWS, ROWS, VALID), {"num_groups": 2}, r"block_group.*\(2,\).*for each 128 elements of K"),
         (
             along, (ROWS, ROWS, IDS), {"num_groups": 2, "accumulate_into": jnp.zeros((256, 256))},
             r"float32\[256, 256\] and must be float32\[2, 256, 256\]",
@@ -267,6 +267,34 @@ def test_refuses_what_does_not_fit(op, arguments, options, message):
         op(*arguments, **options)
     with pytest.raises(ValueError, match=message):
         jax.jit(functools.partial(op, **options))(*arguments)
+
+
+def groups(*ids: int) -> np.ndarray:
+    return np.array(ids, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "options", "message"),
+    [
+        (contiguous, (ROWS, WEIGHTS, groups(0, 3)), {}, r"block_group holds 3 and must be -1 to 2; b has so many"),
+        (contiguous, (ROWS, WEIGHTS, groups(-2, 0)), {}, r"block_group holds -2 and must be -1 to 2"),
+        (masked, (SLABS, WEIGHTS, groups(0, 1, 10**6)), {}, r"valid_rows holds 1000000 and must be 0 to \d+; a has"),
+        (masked, (SLABS, WEIGHTS, groups(0, -1, 0)), {}, r"valid_rows holds -1 and must be 0 to"),
+        (along, (ROWS, ROWS, groups(0, 2)), {"num_groups": 2}, r"block_group holds 2 and must be -1 to 1; num_groups"),
+        (
+            along, (zeros((8, 384), (8, 3)), zeros((8, 384), (8, 3)), groups(1, 0, 1)), {"num_groups": 2},
+            r"blocks of group 1 in block_group are not side by side; sort",
+        ),
+    ],
+)  # fmt: skip
+def test_refuses_groups_that_cannot_be(op, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        op(*arguments, **options)
+
+
+def test_skipped_blocks_may_lie_anywhere():
+    rows = zeros((8, 640), (8, 5))
+    assert along(rows, rows, groups(-1, 1, -1, 0, 0), num_groups=2).shape == (2, 8, 8)
 
 
 @pytest.mark.skipif(dispatch.why_no_pallas() is None, reason="a Hopper GPU is here")

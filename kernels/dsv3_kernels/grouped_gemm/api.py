@@ -13,6 +13,7 @@ from dsv3_kernels.grouped_gemm import reference, xla
 from dsv3_kernels.operands import (
     BLOCK,
     check_contraction,
+    check_neighbours,
     check_output_dtype,
     checked_accumulator,
     checked_groups,
@@ -63,7 +64,7 @@ def grouped_fp8_gemm(
         a: values [M, K] with M a multiple of 128, scales [M, ceil(K/128)]. Pad a group's rows to full blocks.
         b: values [G, N, K], scales [G, ceil(N/128), ceil(K/128)].
         block_group: int32 [M/128], the group of each block, in any order; -1 skips it. Other ids outside 0..G-1 are
-            not detected.
+            detected in a NumPy array only.
         out_dtype: bfloat16 or float32.
         implementation: None for the fastest that runs here, or "reference", "xla", "pallas".
     Returns: [M, N]; rows of skipped blocks are zeros, whatever `a` holds there.
@@ -81,7 +82,16 @@ def grouped_fp8_gemm(
         raise ValueError(
             f"{op}: a has M={M} rows, which is no multiple of {BLOCK}; pad each group's rows to full blocks of {BLOCK}."
         )
-    ids = checked_groups(op, "block_group", block_group, length=M // BLOCK, rule=f"block of {BLOCK} rows of a")
+    ids = checked_groups(
+        op,
+        "block_group",
+        block_group,
+        length=M // BLOCK,
+        each=f"block of {BLOCK} rows of a",
+        lowest=-1,
+        highest=b.values.shape[0] - 1,
+        rule="b has so many groups, and -1 skips a block",
+    )
     return dispatch.run(op, FORMS, implementation, a, b, ids, out_dtype=out_dtype)
 
 
@@ -120,7 +130,16 @@ def grouped_fp8_gemm_masked(
             f"{op}: a.values {a.values.shape} and b.values {b.values.shape} differ in G, the first axis of both; "
             "pass one slab of rows a group."
         )
-    counts = checked_groups(op, "valid_rows", valid_rows, length=a.values.shape[0], rule="group")
+    counts = checked_groups(
+        op,
+        "valid_rows",
+        valid_rows,
+        length=a.values.shape[0],
+        each="group",
+        lowest=0,
+        highest=a.values.shape[1],
+        rule="a has so many rows a group; give it more, or clip",
+    )
     return dispatch.run(op, MASKED_FORMS, implementation, a, b, counts, out_dtype=out_dtype)
 
 
@@ -139,7 +158,7 @@ def grouped_fp8_gemm_k(
         a: values [M, K] with K a multiple of 128, scales [M, K/128].
         b: values [N, K], scales [N, K/128] (1x128 along the contraction, as a).
         block_group: int32 [K/128], the group of each 128 elements of K; blocks of one group lie side by side; -1 skips.
-            Other ids outside 0..num_groups-1 are not detected.
+            Other ids outside 0..num_groups-1, and groups in several places, are detected in a NumPy array only.
         num_groups: G.
         accumulate_into: float32 [G, M, N] that the sums are added to. Donate it to reuse its memory.
         implementation: None for the fastest that runs here, or "reference", "xla", "pallas".
@@ -159,8 +178,18 @@ def grouped_fp8_gemm_k(
             f"blocks of {BLOCK}."
         )
     if num_groups < 1:
-        raise ValueError(f"{op}: num_groups={num_groups} must be at least 1.")
-    ids = checked_groups(op, "block_group", block_group, length=K // BLOCK, rule=f"{BLOCK} elements of K")
+        raise ValueError(f"{op}: num_groups={num_groups} must be at least 1; give the number of weights.")
+    ids = checked_groups(
+        op,
+        "block_group",
+        block_group,
+        length=K // BLOCK,
+        each=f"{BLOCK} elements of K",
+        lowest=-1,
+        highest=num_groups - 1,
+        rule="num_groups says how many there are, and -1 skips a block",
+    )
+    check_neighbours(op, "block_group", block_group)
     if accumulate_into is not None:
         shape = (num_groups, a.values.shape[0], b.values.shape[0])
         accumulate_into = checked_accumulator(op, accumulate_into, shape=shape)
