@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from dsv3_kernels.decode_attention.api import mla_decode
     from dsv3_kernels.gemm.api import fp8_gemm
     from dsv3_kernels.grouped_gemm.api import grouped_fp8_gemm, grouped_fp8_gemm_k, grouped_fp8_gemm_masked
+    from dsv3_kernels.latent_cache.api import cache_read, cache_write
     from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows, unpack_fp8_cache_rows
     from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
 
 __all__ = [
     "QTensor",
+    "cache_read",
+    "cache_write",
     "cast_blocks",
     "cast_tokens",
     "dequantize_tiles",
@@ -33,6 +36,8 @@ __all__ = [
 
 _HOME = {
     "QTensor": "quantize",
+    "cache_read": "latent_cache.api",
+    "cache_write": "latent_cache.api",
     "cast_blocks": "casts.api",
     "cast_tokens": "casts.api",
     "dequantize_tiles": "quantize",

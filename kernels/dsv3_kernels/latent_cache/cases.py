@@ -1,0 +1,68 @@
+"""The problems that the latent cache is tested, compiled and timed at."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PAGE_SIZE = 64
+
+
+class Case(NamedTuple):
+    """B sequences that hold `before` tokens and get T more each; `fp8`: rows of 656 bytes."""
+
+    name: str
+    B: int
+    T: int
+    before: tuple[int, ...]
+    C: int = 512
+    R: int = 64
+    fp8: bool = False
+
+
+CASES = (
+    Case("decode_128", B=128, T=1, before=(4096,)),
+    Case("drafts_128", B=128, T=2, before=(4096,)),
+    Case("prefill_4x4k", B=4, T=4096, before=(0,)),
+    Case("decode_128_fp8", B=128, T=1, before=(4096,), fp8=True),
+    Case("prefill_4x4k_fp8", B=4, T=4096, before=(0,), fp8=True),
+)
+"""What V3 writes a layer."""
+
+UGLY = (
+    Case("one", B=1, T=1, before=(0,), C=16, R=8),
+    Case("page_ends", B=5, T=3, before=(0, 61, 62, 63, 64), C=12, R=4),
+    Case("long", B=2, T=200, before=(1, 127), C=16, R=8),
+    Case("fp8", B=3, T=5, before=(0, 62, 190), fp8=True),
+)
+"""Small and unaligned: for tests."""
+
+
+def make(case: Case, dtype: np.typing.DTypeLike = np.float32, seed: int = 0) -> dict[str, Any]:
+    """The arguments of `cache_write`: shuffled pages twice as many as needed, each sequence with its own length."""
+    rng = np.random.default_rng(seed)
+    B, T = case.B, case.T
+    starts = np.resize(np.asarray(case.before, np.int32), B)
+    num_columns = -(-(int(starts.max()) + T) // PAGE_SIZE)
+    num_pages = 2 * B * num_columns
+    angles = rng.uniform(0, 6, (B, T, case.R // 2)).astype(np.float32)
+    shape = (num_pages, PAGE_SIZE, 656 if case.fp8 else case.C + case.R)
+    if case.fp8:
+        pages = rng.integers(0, 256, shape, np.uint8)
+    else:
+        pages = rng.standard_normal(shape, np.float32).astype(dtype)
+    return {
+        "kv_pages": pages,
+        "kv_down": rng.standard_normal((B, T, case.C + case.R), np.float32).astype(dtype),
+        "norm_scale": rng.uniform(0.5, 1.5, case.C).astype(np.float32),
+        "cos": np.cos(angles),
+        "sin": np.sin(angles),
+        "page_table": rng.permutation(num_pages)[: B * num_columns].reshape(B, num_columns).astype(np.int32),
+        "starts": starts,
+        "counts": np.full(B, T, np.int32),
+    }
+
+
+def num_bytes(case: Case) -> int:
+    """Bytes that must move: the rows read in bfloat16 and written, angles, scale."""
+    row_out = 656 if case.fp8 else 2 * (case.C + case.R)
+    return case.B * case.T * (2 * (case.C + case.R) + row_out + 4 * case.R) + 4 * case.C
