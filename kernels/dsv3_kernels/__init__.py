@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dsv3_kernels.grouped_gemm.api import grouped_fp8_gemm, grouped_fp8_gemm_k, grouped_fp8_gemm_masked
     from dsv3_kernels.latent_cache.api import cache_read, cache_write
     from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows, unpack_fp8_cache_rows
+    from dsv3_kernels.prefill_attention.api import mla_prefill
     from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "grouped_fp8_gemm_k",
     "grouped_fp8_gemm_masked",
     "mla_decode",
+    "mla_prefill",
     "pack_fp8_cache_rows",
     "quantize_tiles",
     "requantize_transposed",
@@ -46,6 +48,7 @@ _HOME = {
     "grouped_fp8_gemm_k": "grouped_gemm.api",
     "grouped_fp8_gemm_masked": "grouped_gemm.api",
     "mla_decode": "decode_attention.api",
+    "mla_prefill": "prefill_attention.api",
     "pack_fp8_cache_rows": "latent_cache.fp8_rows",
     "quantize_tiles": "quantize",
     "requantize_transposed": "casts.api",

@@ -1,0 +1,1 @@
+"""Causal attention of prefill and training with MLA's head sizes, forward and backward."""
