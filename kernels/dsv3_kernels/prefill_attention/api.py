@@ -41,7 +41,7 @@ def mla_prefill(
         out: in the dtype of q; zeros for a query that sees no key.
         lse: ln Σ exp(scores), float32 (float64 for float64); +inf for a query that sees no key.
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or T > S without `q_starts`.
+        ValueError: shapes or dtypes that do not fit together, an empty array, or T > S without `q_starts`.
         NotImplementedError: `implementation="pallas"` where it cannot run.
     """
     q_segment_ids, kv_segment_ids = _checked(q, k, v, q_segment_ids, kv_segment_ids, q_starts)
@@ -69,6 +69,8 @@ def _checked(q, k, v, q_segment_ids, kv_segment_ids, q_starts):
         raise ValueError(f"k has shape {k.shape}, q {q.shape}; batch, heads and head size must agree.")
     if v.shape[:3] != (B, S, H):
         raise ValueError(f"v has shape {v.shape}, k {k.shape}; all but the head size must agree.")
+    if 0 in (B, T, H, J, S, v.shape[3]):
+        raise ValueError(f"q has shape {q.shape}, k {k.shape}, v {v.shape}; none may be empty, so skip such a call.")
     if q_starts is None and T > S:
         raise ValueError(f"T={T} queries exceed S={S} keys; say with q_starts where the queries stand.")
     if q_starts is not None and (q_starts.shape != (B,) or not jnp.issubdtype(q_starts.dtype, jnp.integer)):

@@ -15,7 +15,7 @@ from dsv3_kernels.prefill_attention.reference import wide_dtype
 from dsv3_kernels.prefill_attention.visibility import query_positions, seen_keys
 
 CHUNK = 256
-"""Queries whose scores exist at a time."""
+"""Most queries whose scores exist at a time."""
 MOST_SPANS = 8
 
 
@@ -62,15 +62,16 @@ def softmax_delta(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(softmax_scale, q, k, v, q_segment_ids, kv_segment_ids, q_starts):
     T, S = q.shape[1], k.shape[1]
+    size = min(CHUNK, T)
     outs, lses = [], []
     for start, end, num_keys in _spans(T, S, q_starts):
         keys = _first(Keys(k, v, kv_segment_ids), num_keys)
 
         def chunk(first, queries, keys=keys):
             seen = _seen(queries, keys, q_starts, S - T, first)
-            return first + CHUNK, _forward(queries, keys, seen, softmax_scale)
+            return first + size, _forward(queries, keys, seen, softmax_scale)
 
-        _, (out, lse) = jax.lax.scan(chunk, jnp.int32(start), _chunks(Queries(q, q_segment_ids), start, end))
+        _, (out, lse) = jax.lax.scan(chunk, jnp.int32(start), _chunks(Queries(q, q_segment_ids), start, end, size))
         outs.append(_whole(out, end - start))
         lses.append(_whole(lse, end - start))
     return jnp.concatenate(outs, axis=1), jnp.moveaxis(jnp.concatenate(lses, axis=1), 2, 1)
@@ -81,10 +82,23 @@ def _attend_and_save(softmax_scale, *inputs):
     return (out, lse), (inputs, out, lse)
 
 
-def _backward(softmax_scale, saved, cotangents):
-    (q, k, v, q_segment_ids, kv_segment_ids, q_starts), out, lse = saved
-    d_out, d_lse = cotangents
+def gradients(
+    q: Float[Array, "B T H J"],
+    k: Float[Array, "B S H J"],
+    v: Float[Array, "B S H W"],
+    q_segment_ids: Int[Array, "B T"] | None,
+    kv_segment_ids: Int[Array, "B S"] | None,
+    q_starts: Int[Array, "B"] | None,
+    out: Float[Array, "B T H W"],
+    lse: Float[Array, "B H T"],
+    d_out: Float[Array, "B T H W"],
+    d_lse: Float[Array, "B H T"],
+    *,
+    softmax_scale: float,
+) -> tuple[Float[Array, "B T H J"], Float[Array, "B S H J"], Float[Array, "B S H W"]]:
+    """d_q, d_k, d_v from both results of `attend` and their cotangents."""
     T, S = q.shape[1], k.shape[1]
+    size = min(CHUNK, T)
     delta = jnp.moveaxis(softmax_delta(out, d_out, d_lse), 1, 2)
     every = Queries(q, q_segment_ids, jnp.moveaxis(lse, 1, 2), delta, d_out)
     d_k, d_v = jnp.zeros(k.shape, lse.dtype), jnp.zeros(v.shape, lse.dtype)
@@ -96,13 +110,18 @@ def _backward(softmax_scale, saved, cotangents):
             first, d_k, d_v = carry
             seen = _seen(queries, keys, q_starts, S - T, first)
             d_q, more_k, more_v = _gradients(queries, keys, seen, softmax_scale)
-            return (first + CHUNK, d_k + more_k, d_v + more_v), d_q
+            return (first + size, d_k + more_k, d_v + more_v), d_q
 
         carry = (jnp.int32(start), d_k[:, :num_keys], d_v[:, :num_keys])
-        (_, seen_k, seen_v), d_q = jax.lax.scan(chunk, carry, _chunks(every, start, end))
+        (_, seen_k, seen_v), d_q = jax.lax.scan(chunk, carry, _chunks(every, start, end, size))
         d_k, d_v = d_k.at[:, :num_keys].set(seen_k), d_v.at[:, :num_keys].set(seen_v)
         d_qs.append(_whole(d_q, end - start))
-    return jnp.concatenate(d_qs, axis=1), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
+    return jnp.concatenate(d_qs, axis=1), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+def _backward(softmax_scale, saved, cotangents):
+    inputs, out, lse = saved
+    return *gradients(*inputs, out, lse, *cotangents, softmax_scale=softmax_scale), None, None, None
 
 
 _attend.defvjp(_attend_and_save, _backward)
@@ -163,18 +182,18 @@ def _first(keys: Keys, count: int) -> Keys:
     return jax.tree.map(lambda x: x[:, :count], keys)
 
 
-def _chunks(queries: Queries, start: int, end: int) -> Queries:
-    """[B, T, …] -> [n, B, CHUNK, …], filled up at the end: with lse = +inf, which makes filler's gradients 0."""
+def _chunks(queries: Queries, start: int, end: int, size: int) -> Queries:
+    """[B, T, …] -> [n, B, size, …], filled up at the end: with lse = +inf, which makes filler's gradients 0."""
 
     def split(x: Array, filler: float) -> Array:
-        fill = [(0, 0), (0, (start - end) % CHUNK)] + [(0, 0)] * (x.ndim - 2)
+        fill = [(0, 0), (0, (start - end) % size)] + [(0, 0)] * (x.ndim - 2)
         padded = jnp.pad(x[:, start:end], fill, constant_values=filler)
-        return jnp.moveaxis(padded.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(padded.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
     return Queries(*(None if x is None else split(x, jnp.inf if name == "lse" else 0)
                      for name, x in queries._asdict().items()))  # fmt: skip
 
 
 def _whole(x: Array, size: int) -> Array:
-    """[n, B, CHUNK, …] -> [B, size, …]: inverse of `_chunks`."""
+    """[n, B, chunk, …] -> [B, size, …]: inverse of `_chunks`."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :size]

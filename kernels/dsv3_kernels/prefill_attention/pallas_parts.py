@@ -1,0 +1,107 @@
+"""What the forward and backward kernels share: shapes of shared memory, the mask, products with registers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_gpu: Any = plgpu
+"""What type checkers cannot see: ACC, and that transforms are no abstract classes."""
+
+QK_DIM, V_DIM = 192, 128
+ROWS = 64
+"""Rows of a warpgroup's tile: what one wgmma has."""
+CONSUMERS = 2
+"""Warpgroups that compute; one more loads."""
+TILE = CONSUMERS * ROWS
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+LANE = plgpu.LoweringSemantics.Lane
+MATRIX = plgpu.Layout.WGMMA
+BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+"""Layouts of one number a row, or a column, of a matrix."""
+
+
+def matrix_memory(*shape: int) -> Any:
+    """Shared memory for bfloat16 matrices, laid out as wgmma reads them."""
+    transforms = (_gpu.TilingTransform((8, 64)), _gpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def zeros(*shape: int) -> jax.Array:
+    """A float32 matrix in registers, to add products to."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+
+
+def over_columns(x: jax.Array, num_columns: int) -> jax.Array:
+    """One number a row, repeated over the columns."""
+    return lax.broadcast_in_dim(x, (x.shape[0], num_columns), [0])
+
+
+def over_rows(x: jax.Array, num_rows: int) -> jax.Array:
+    """One number a column, repeated over the rows."""
+    return lax.broadcast_in_dim(x, (num_rows, x.shape[0]), [1])
+
+
+def positions(shape: tuple[int, int], axis: int, first: Any, *, interpret: Any) -> jax.Array:
+    """first, first + 1, … along `axis`; the interpreter does not know Mosaic's own iota."""
+    if interpret:
+        return lax.broadcasted_iota(jnp.int32, shape, axis) + first
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX) + first
+
+
+def product(
+    parts: Sequence[tuple[Any, Any]], shape: tuple[int, ...], meanwhile: Callable[[], None] | None = None
+) -> jax.Array:
+    """Σ a · b of pairs of matrices in shared memory; `meanwhile` runs while the tensor cores do."""
+
+    def multiply(acc_ref):
+        for a, b in parts:
+            plgpu.wgmma(acc_ref, a, b)
+        if meanwhile is not None:
+            meanwhile()
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, _gpu.ACC(shape, jnp.float32))
+
+
+def add_product(
+    acc: jax.Array, a: jax.Array, b: Any, meanwhile: Callable[[], None] | None = None, *, interpret: Any
+) -> jax.Array:
+    """acc + a · b with `a` in registers, `b` in shared memory; the interpreter has no such product."""
+    if interpret:
+        if meanwhile is not None:
+            meanwhile()
+        return acc + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, a, b)
+        if meanwhile is not None:
+            meanwhile()
+
+    return pl.run_state(multiply)(_gpu.ACC.init(acc))
+
+
+def product_from(start: jax.Array, a: Any, b: Any, *, interpret: Any) -> jax.Array:
+    """start + a · b of two matrices in shared memory."""
+    if interpret:
+        return start + product([(a, b)], start.shape)
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, a, b)
+
+    return pl.run_state(multiply)(_gpu.ACC.init(start))
+
+
+def unhoisted(index: jax.Array, i: jax.Array) -> jax.Array:
+    """`index`, in a form that differs in each turn i of a loop as far as the compiler can tell.
+
+    Else it makes the descriptors of all products with this operand before the loop, a register each, and spills them.
+    """
+    return index + lax.shift_right_logical(i, np.int32(30))
