@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.typing import Array, Float, Int
+from dsv3_kernels import mla_prefill
 
 MASKED = -1e30
 """Finite, so that masked scores never meet as inf - inf."""
@@ -58,6 +59,23 @@ def attend_blocked(
         query_ids, key_ids = (None, None) if segment_ids is None else (segment_ids[:, start:end], segment_ids[:, :end])
         outs.append(block(q[:, start:end], k[:, :end], v[:, :end], query_ids, key_ids))
     return jnp.concatenate(outs, axis=1)
+
+
+def attend_flash(
+    q: Float[Array, "B T H J"],
+    k: Float[Array, "B T H J"],
+    v: Float[Array, "B T H W"],
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> Float[Array, "B T H W"]:
+    """`attend_full` by `dsv3_kernels.mla_prefill`: the Hopper kernel where it can run, else its XLA twin.
+
+    Keeps lse, a number a query and head, in place of probabilities. On a mesh call it inside `jax.shard_map`: XLA
+    cannot split a kernel.
+    """
+    return mla_prefill(q, k, v, segment_ids, softmax_scale=scale, implementation=implementation)[0]
 
 
 def _attend(

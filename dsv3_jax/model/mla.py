@@ -1,5 +1,6 @@
 """Multi-head latent attention, naive for training and absorbed for decoding."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,10 +102,51 @@ def mla_absorbed(
     `params` come from `absorb`. `cache` already holds the new tokens' rows; `visible` marks the rows that each query
     may read.
     """
+    attend = functools.partial(attend_latent, cache=cache, visible=visible)
+    return mla_absorbed_over(params, x, rope, attend, cfg=cfg, policy=policy)
+
+
+def mla_absorbed_over(
+    params: Params,
+    x: Float[Array, "B T D"],
+    rope: RopeTable,
+    attend: Attend,
+    *,
+    cfg: ModelConfig,
+    policy: Policy,
+) -> Float[Array, "B T D"]:
+    """`mla_absorbed` over any cache: `attend(q_latent, q_rope, scale=…)` gives [B, T, H, C]."""
     q_nope, q_rope = queries(params, x, rope, cfg=cfg, policy=policy)
     q_latent = jnp.einsum("bthi,hic->bthc", q_nope, params["k_up"].astype(policy.compute_dtype))
-    out_BTHC = attend_latent(q_latent, q_rope, cache, visible, scale=softmax_scale(cfg.mla, cfg.yarn))
+    out_BTHC = attend(q_latent, q_rope, scale=softmax_scale(cfg.mla, cfg.yarn))
     out_BTHW = jnp.einsum("bthc,hcw->bthw", out_BTHC, params["v_up"].astype(policy.compute_dtype))
+    return _project_out(params, out_BTHW, policy=policy)
+
+
+def mla_expanded_over(
+    params: Params,
+    x: Float[Array, "B T D"],
+    rope: RopeTable,
+    cached: Latents,
+    attend: Callable[..., Float[Array, "B T H W"]],
+    *,
+    cfg: ModelConfig,
+    policy: Policy,
+) -> Float[Array, "B T D"]:
+    """Naive form over a cache, for many queries at once: expands the cached latents to keys and values of every head.
+
+    `params` come from `absorb`. `attend(q, k, v, scale=…)` gives [B, T, H, W]; it knows where the queries stand.
+    """
+    q_nope, q_rope = queries(params, x, rope, cfg=cfg, policy=policy)
+    k_nope = jnp.einsum("bsc,hic->bshi", cached.kv, params["k_up"].astype(policy.compute_dtype))
+    v = jnp.einsum("bsc,hcw->bshw", cached.kv, params["v_up"].astype(policy.compute_dtype))
+    k_rope = jnp.broadcast_to(cached.k_rope[:, :, None, :], (*k_nope.shape[:3], cached.k_rope.shape[-1]))
+    out_BTHW = attend(
+        jnp.concatenate([q_nope, q_rope], axis=-1),
+        jnp.concatenate([k_nope, k_rope], axis=-1),
+        v,
+        scale=softmax_scale(cfg.mla, cfg.yarn),
+    )
     return _project_out(params, out_BTHW, policy=policy)
 
 

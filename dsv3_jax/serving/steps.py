@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.model.block import Parts, dense_block, moe_block
 from dsv3_jax.model.embedding import embed, unembed
 from dsv3_jax.model.mla import Latents, absorb, latents, mla_absorbed
 from dsv3_jax.model.moe.few_tokens import stacked_experts
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.rope import rope_table
-from dsv3_jax.model.transformer import hidden_states, layer_biases
+from dsv3_jax.model.transformer import hidden_states
 from dsv3_jax.precision.policy import Policy
+from dsv3_jax.serving.layers import scan_layers
 from dsv3_jax.typing import Array, Float, Int, Variables
 
 
@@ -82,7 +82,7 @@ def decode(
 
     `variables` come from `decoding_weights`. The cache must have a free row (`length` < S).
     """
-    params, parts = variables["params"], Parts(policy)
+    params = variables["params"]
     position = (cache.length - cache.padding)[:, None]
     rope = rope_table(position, rope_dim=cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
     row_ids = jnp.arange(cache.rows.shape[2])[None, :]
@@ -97,43 +97,8 @@ def decode(
 
         return mix
 
-    def dense_step(carry, layer_and_params):
-        x, rows = carry
-        layer, layer_params = layer_and_params
-        x, rows = dense_block(layer_params, x, mix_into(rows, layer), cfg=cfg, parts=parts)
-        return (x, rows), None
-
-    def moe_step(carry, layer_and_params):
-        x, rows = carry
-        index, layer_params, bias = layer_and_params
-
-        def experts(stack, x, ids, weights, *, policy):
-            return stacked_experts(stack, index, x, ids, weights, policy=policy)
-
-        layer_params = {**layer_params, "moe": {**layer_params["moe"], "experts": expert_stack}}
-        x, rows, _, _ = moe_block(
-            layer_params,
-            bias,
-            x,
-            None,
-            mix_into(rows, cfg.num_dense_layers + index),
-            cfg=cfg,
-            parts=parts._replace(experts=experts),
-        )
-        return (x, rows), None
-
-    carry = (embed(params["embed"], tokens[:, None], policy=policy), cache.rows)
-    if cfg.num_dense_layers:
-        layer_ids = jnp.arange(cfg.num_dense_layers, dtype=jnp.int32)
-        carry, _ = jax.lax.scan(dense_step, carry, (layer_ids, params["dense_layers"]))
-    if cfg.num_moe_layers:
-        # The experts stay out of the scan: slicing them layer by layer would copy all, chosen or not.
-        expert_stack = params["moe_layers"]["moe"]["experts"]
-        rest = dict(params["moe_layers"])
-        rest["moe"] = {name: leaf for name, leaf in rest["moe"].items() if name != "experts"}
-        layer_ids = jnp.arange(cfg.num_moe_layers, dtype=jnp.int32)
-        carry, _ = jax.lax.scan(moe_step, carry, (layer_ids, rest, layer_biases(variables)))
-    x, rows = carry
+    x = embed(params["embed"], tokens[:, None], policy=policy)
+    x, rows = scan_layers(cfg, variables, x, cache.rows, mix_into, experts=stacked_experts, policy=policy)
     hidden = rms_norm(x[:, 0], params["final_norm"]["scale"], eps=cfg.norm_eps)
     logits = unembed(params["unembed"], hidden, policy=policy)
     return cache._replace(rows=rows, length=cache.length + 1), logits

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.attention import attend_blocked, attend_full
+from dsv3_jax.model.attention import attend_blocked, attend_flash, attend_full
 
 SIZES = [(1, 128), (97, 32), (97, None), (160, 32), (1025, 512)]
 
@@ -44,6 +44,21 @@ def test_blocks_change_neither_values_nor_gradients(T, block_size, kind):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["one document", "packed"])
+@pytest.mark.parametrize("T", [1, 97, 300])
+def test_the_kernels_function_changes_neither_values_nor_gradients(T, kind):
+    q, k, v, d_out = inputs(T)
+    ids = segments(T, kind)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(attend, q, k, v):
+        out, backward = jax.vjp(lambda q, k, v: attend(q, k, v, ids, scale=0.3), q, k, v)
+        return out, *backward(d_out)
+
+    for ours, plain in zip(run(attend_flash, q, k, v), run(attend_full, q, k, v)):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("attend", [attend_full, attend_blocked])
 def test_a_token_sees_its_own_document_up_to_itself(attend):
     T = 160
@@ -56,7 +71,7 @@ def test_a_token_sees_its_own_document_up_to_itself(attend):
         np.testing.assert_allclose(out[0, t], alone[0, -1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("attend", [attend_full, attend_blocked])
+@pytest.mark.parametrize("attend", [attend_full, attend_blocked, attend_flash])
 def test_large_scores_stay_finite(attend):
     q, k, v, d_out = inputs(97)
     out, backward = jax.vjp(lambda q: attend(q, k, v, segments(97, "packed"), scale=1.0), q * 1e4)
