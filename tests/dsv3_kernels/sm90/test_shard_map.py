@@ -49,6 +49,10 @@ def add_groups(a: QTensor, b: QTensor, ids: jax.Array, sums: jax.Array) -> jax.A
             (operand(512, 256), operand(2, 128, 256, rows=128), jax.ShapeDtypeStruct((4,), jnp.int32)),
         ),
         (
+            functools.partial(grouped.grouped_fp8_gemm_masked, out_dtype=jnp.bfloat16), (ROWS, ROWS, ROWS), ROWS,
+            (operand(2, 40, 256), operand(2, 128, 256, rows=128), jax.ShapeDtypeStruct((2,), jnp.int32)),
+        ),
+        (
             add_groups, (ROWS, ALL, ALL, P(None, "data")), P(None, "data"),
             (
                 operand(256, 256), operand(128, 256), jax.ShapeDtypeStruct((2,), jnp.int32),
@@ -56,7 +60,7 @@ def add_groups(a: QTensor, b: QTensor, ids: jax.Array, sums: jax.Array) -> jax.A
             ),
         ),
     ],
-    ids=["dense", "added", "grouped", "groups added"],
+    ids=["dense", "added", "grouped", "masked", "groups added"],
 )  # fmt: skip
 def test_lowers_for_cuda_inside_shard_map(function, specs, out, args):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
