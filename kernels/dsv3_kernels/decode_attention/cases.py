@@ -146,8 +146,7 @@ LARGE_CASES = (
 """FlashMLA's batches, heads and lengths: a minute on a CPU."""
 
 COMPILED_CASES = (
-    DecodeCase(128, 1, 128, 4096),
-    DecodeCase(128, 2, 16, 4096),
+    *(DecodeCase(128, s, h, 4096, is_fp8=f) for f in (False, True) for s in (1, 2) for h in (128, 64, 16)),
     DecodeCase(128, 4, 128, 4096, causal=False),
 )
 """What is compiled without a GPU."""

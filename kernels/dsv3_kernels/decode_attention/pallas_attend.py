@@ -1,7 +1,8 @@
 """The decoding kernel for Hopper: 64 query rows against one stream of cached keys, in FlashMLA's "seesaw" order.
 
-A thread block has three warpgroups. One brings pages (`pallas_bring`); two compute, each holding half of the output, 64
-rows by 256 columns, in registers. Pages come in pairs, one in each slot. With S_w = Q K_w^T and V_w = K_w's latent:
+A thread block has three warpgroups. One brings pages (`pallas_bring`; from the FP8 cache it dequantises them,
+`pallas_bring_fp8`); two compute, each holding half of the output, 64 rows by 256 columns, in registers. Pages come in
+pairs, one in each slot. With S_w = Q K_w^T and V_w = K_w's latent:
 
     warpgroup 0                                   warpgroup 1
     S_0; m_0 = max(m, rows of S_0)                S_1
@@ -34,9 +35,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float32, Int32, Shaped
+from jaxtyping import Array, BFloat16, Float32, Int32, Shaped, UInt8
 
-from dsv3_kernels.decode_attention.pallas_bring import bring_pages
+from dsv3_kernels.decode_attention.pallas_bring import bf16_pages, bring
+from dsv3_kernels.decode_attention.pallas_bring_fp8 import fp8_pages
 from dsv3_kernels.decode_attention.pallas_layout import (
     HALF,
     LATENT,
@@ -53,8 +55,8 @@ from dsv3_kernels.decode_attention.pallas_layout import (
 NEVER = -1e30
 """A finite running maximum of no key: exp2(-inf - NEVER) is 0, where exp2(-inf + inf) would be NaN."""
 
-CONSUMER_REGISTERS, BRINGER_REGISTERS = 232, 40
-"""Of a thread; 2 * 224 + 56 = 504 of the 512 that three warpgroups share."""
+REGISTERS = {False: (232, 40), True: (208, 88)}
+"""Of a thread that computes, of one that brings BF16 or (True) FP8; 504 of the 512 that three warpgroups share."""
 
 
 class Partials(NamedTuple):
@@ -88,11 +90,15 @@ def attend(
     """
     B, R, _ = q_latent.shape
     G = parts.shape[0]
+    is_fp8 = kv_pages.dtype == jnp.uint8
+    views = _views(kv_pages) if is_fp8 else (kv_pages,)
+    num_inputs = 5 + len(views)
 
     def body(*refs):
-        ins, outs, scratch = refs[:6], Partials(*refs[6:10]), Scratch(*refs[10:])
+        ins, outs, scratch = refs[:num_inputs], refs[num_inputs : num_inputs + 4], refs[num_inputs + 4 :]
+        outs, scratch = Partials(*outs), Scratch(*scratch)
         part, row_block, warpgroup = (lax.axis_index(name) for name in ("part", "row_block", "warpgroup"))
-        ql, qr, kv, table, lengths, cuts = ins
+        ql, qr, table, lengths, cuts = ins[:5]
         rows = pl.ds(row_block * ROWS, ROWS)
 
         first_seq, first_block, last_seq, end_block = (cuts[part, column] for column in range(4))
@@ -103,14 +109,19 @@ def attend(
 
         @pl.when(warpgroup == 2)
         def _():
-            plgpu.set_max_registers(BRINGER_REGISTERS, action="decrease")
-            bring_pages(ql, qr, kv, table, scratch, rows=rows, segment=segment, num_segments=num_segments)
+            plgpu.set_max_registers(REGISTERS[is_fp8][1], action="decrease")
+            if is_fp8:
+                values, scales, rope = ins[5:]
+                bring_pair = fp8_pages(values, scales, rope, table, scratch)
+            else:
+                bring_pair = bf16_pages(ins[5], table, scratch)
+            bring(ql, qr, scratch, bring_pair, rows=rows, segment=segment, num_segments=num_segments)
 
         for w in range(2):
 
             @pl.when(warpgroup == w)
             def _(w=w):
-                plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+                plgpu.set_max_registers(REGISTERS[is_fp8][0], action="increase")
 
                 @pl.loop(0, num_segments)
                 def _(j):
@@ -138,7 +149,17 @@ def attend(
             scratch_types=scratch_types(),
             compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=interpret,
-        )(q_latent, q_rope, kv_pages, page_table, seq_lens, parts)
+        )(q_latent, q_rope, page_table, seq_lens, parts, *views)
+    )
+
+
+def _views(kv_pages: UInt8[Array, "N 64 656"]) -> tuple[Array, ...]:
+    """The same bytes as E4M3, float32 and BF16; XLA makes no copy of them."""
+    shape = kv_pages.shape[:2]
+    return (
+        lax.bitcast_convert_type(kv_pages, jnp.float8_e4m3fn),
+        lax.bitcast_convert_type(kv_pages.reshape(*shape, -1, 4), jnp.float32),
+        lax.bitcast_convert_type(kv_pages.reshape(*shape, -1, 2), jnp.bfloat16),
     )
 
 

@@ -6,18 +6,24 @@ count for nothing, and only then tells `full`. The consumers see finite numbers 
 both there.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_kernels.decode_attention.pallas_layout import LATENT, NUM_PIECES, PAGE, PIECE, ROPE, Scratch
+from dsv3_kernels.decode_attention.pallas_layout import LATENT, NUM_PIECES, PAGE, PIECE, ROPE, Scratch, Segment
 
-STEPS = ((0, 0, False), (1, 1, False), (1, 0, True), (0, 1, True))
-"""(slot, half, with the rotary part?) in the order in which the consumers set them free."""
+STEPS = ((0, 0), (1, 1), (1, 0), (0, 1))
+"""(slot, half) in the order in which the consumers set them free."""
+
+BringPair = Callable[[Segment, Any, Any], None]
+"""(segment, pair, is it the first of all?) -> None: brings the two pages of a pair."""
 
 
-def bring_pages(ql, qr, kv, table, s: Scratch, *, rows, segment, num_segments) -> None:
+def bring(ql, qr, s: Scratch, bring_pair: BringPair, *, rows, segment, num_segments) -> None:
     """Runs through all segments of the part, as the consumers do."""
 
     def one_segment(j, num_pairs):
@@ -33,35 +39,7 @@ def bring_pages(ql, qr, kv, table, s: Scratch, *, rows, segment, num_segments) -
         plgpu.copy_gmem_to_smem(qr.at[seg.seq, rows], s.q_rope.at[0], s.q_full)
 
         def one_pair(i, num_pairs):
-            last_page = jnp.int32(table.shape[1] - 1)
-            pages = [table[seg.seq, jnp.minimum(2 * i + slot, last_page)] for slot in range(2)]
-            num_tokens = [jnp.clip(seg.length - (2 * i + slot) * PAGE, 0, PAGE) for slot in range(2)]
-            for slot, half, with_rope in STEPS:
-
-                @pl.when(num_pairs > 0)
-                def _(slot=slot, half=half):
-                    plgpu.barrier_wait(s.empty.at[slot, half])
-
-                pieces = [2 * half, 2 * half + 1] + [NUM_PIECES] * with_rope
-
-                @pl.when(num_tokens[slot] == PAGE)
-                def _(slot=slot, pieces=pieces):
-                    _copy(kv.at[pages[slot]], slot, pieces, s.full, s)
-
-                @pl.when((num_tokens[slot] > 0) & (num_tokens[slot] < PAGE))
-                def _(slot=slot, pieces=pieces):
-                    _copy(kv.at[pages[slot]], slot, pieces, s.landed, s)
-
-            for slot in range(2):
-
-                @pl.when((num_tokens[slot] > 0) & (num_tokens[slot] < PAGE))
-                def _(slot=slot):
-                    _clear_rest(slot, num_tokens[slot], s)
-
-                @pl.when(num_tokens[slot] == 0)
-                def _(slot=slot):
-                    _clear(slot, s)
-
+            bring_pair(seg, i, num_pairs == 0)
             return num_pairs + 1
 
         return lax.fori_loop(seg.begin, seg.end, one_pair, num_pairs)
@@ -71,7 +49,7 @@ def bring_pages(ql, qr, kv, table, s: Scratch, *, rows, segment, num_segments) -
     # Nothing may arrive at a barrier of a block that has ended.
     @pl.when(num_pairs > 0)
     def _():
-        for slot, half, _ in STEPS:
+        for slot, half in STEPS:
             plgpu.barrier_wait(s.empty.at[slot, half])
 
     @pl.when(num_segments > 0)
@@ -79,11 +57,61 @@ def bring_pages(ql, qr, kv, table, s: Scratch, *, rows, segment, num_segments) -
         plgpu.barrier_wait(s.q_free)
 
 
-def _tiles(slot: int, piece: int, s: Scratch):
-    """A piece's shared memory in tiles of 64 columns: the registers of this warpgroup are few."""
-    if piece == NUM_PIECES:
-        return [s.k_rope.at[slot]]
-    return [s.kv.at[slot, piece, :, pl.ds(column, 64)] for column in range(0, PIECE, 64)]
+def bf16_pages(kv, table, s: Scratch) -> BringPair:
+    """Pages of [64, 576] BF16: a whole one is copied as it is."""
+
+    def bring_pair(seg: Segment, i, is_first) -> None:
+        pages = pages_of(table, seg, i)
+        num_tokens = tokens_of(seg, i)
+        for slot, half in STEPS:
+            await_empty(s, slot, half, is_first)
+            pieces = [2 * half, 2 * half + 1] + [NUM_PIECES] * has_rope(slot, half)
+
+            @pl.when(num_tokens[slot] == PAGE)
+            def _(slot=slot, pieces=pieces):
+                _copy(kv.at[pages[slot]], slot, pieces, s.full, s)
+
+            @pl.when((num_tokens[slot] > 0) & (num_tokens[slot] < PAGE))
+            def _(slot=slot, pieces=pieces):
+                _copy(kv.at[pages[slot]], slot, pieces, s.landed, s)
+
+        for slot in range(2):
+
+            @pl.when((num_tokens[slot] > 0) & (num_tokens[slot] < PAGE))
+            def _(slot=slot):
+                for piece in range(NUM_PIECES + 1):
+                    clear_rest(slot, piece, num_tokens[slot], s)
+
+            @pl.when(num_tokens[slot] == 0)
+            def _(slot=slot):
+                for piece in range(NUM_PIECES + 1):
+                    clear(slot, piece, s)
+
+    return bring_pair
+
+
+def pages_of(table, seg: Segment, i) -> list[Any]:
+    """The page ids of pair i; one past the sequence's end may be anything."""
+    last = jnp.int32(table.shape[1] - 1)
+    return [table[seg.seq, jnp.minimum(2 * i + slot, last)] for slot in range(2)]
+
+
+def tokens_of(seg: Segment, i) -> list[Any]:
+    """How many tokens the pages of pair i hold, 0 to 64 each."""
+    return [jnp.clip(seg.length - (2 * i + slot) * PAGE, 0, PAGE) for slot in range(2)]
+
+
+def has_rope(slot: int, half: int) -> bool:
+    """Whether the rotary part, which the other warpgroup's P lies over, goes with this half."""
+    return slot != half
+
+
+def await_empty(s: Scratch, slot: int, half: int, is_first) -> None:
+    """Waits until the consumers are done with what was there; for the very first pair nothing was."""
+
+    @pl.when(jnp.logical_not(is_first))
+    def _():
+        plgpu.barrier_wait(s.empty.at[slot, half])
 
 
 def _copy(page, slot: int, pieces, barriers, s: Scratch) -> None:
@@ -94,23 +122,30 @@ def _copy(page, slot: int, pieces, barriers, s: Scratch) -> None:
         plgpu.copy_gmem_to_smem(page.at[:, columns], target, barriers.at[slot, piece])
 
 
-def _clear_rest(slot: int, num_tokens, s: Scratch) -> None:
-    """Writes zeros over the rows from `num_tokens` on, once they have landed."""
-    for piece in range(NUM_PIECES + 1):
-        plgpu.barrier_wait(s.landed.at[slot, piece])
-        for tile in _tiles(slot, piece, s):
-            row = plgpu.broadcasted_iota(jnp.int32, (PAGE, 64), 0, layout=plgpu.Layout.WGMMA)
-            tile[...] = jnp.where(row < num_tokens, plgpu.load(tile, layout=plgpu.Layout.WGMMA), jnp.bfloat16(0))
-        _announce(slot, piece, s)
+def clear_rest(slot: int, piece: int, num_tokens, s: Scratch) -> None:
+    """Writes zeros over the rows of a piece from `num_tokens` on, once it has landed, and tells the consumers."""
+    plgpu.barrier_wait(s.landed.at[slot, piece])
+    for tile in _tiles(slot, piece, s):
+        row = plgpu.broadcasted_iota(jnp.int32, (PAGE, 64), 0, layout=plgpu.Layout.WGMMA)
+        tile[...] = jnp.where(row < num_tokens, plgpu.load(tile, layout=plgpu.Layout.WGMMA), jnp.bfloat16(0))
+    announce(slot, piece, s)
 
 
-def _clear(slot: int, s: Scratch) -> None:
-    for piece in range(NUM_PIECES + 1):
-        for tile in _tiles(slot, piece, s):
-            tile[...] = plgpu.layout_cast(jnp.zeros((PAGE, 64), jnp.bfloat16), plgpu.Layout.WGMMA)
-        _announce(slot, piece, s)
+def clear(slot: int, piece: int, s: Scratch) -> None:
+    """Writes zeros over a piece, and tells the consumers."""
+    for tile in _tiles(slot, piece, s):
+        tile[...] = plgpu.layout_cast(jnp.zeros((PAGE, 64), jnp.bfloat16), plgpu.Layout.WGMMA)
+    announce(slot, piece, s)
 
 
-def _announce(slot: int, piece: int, s: Scratch) -> None:
+def announce(slot: int, piece: int, s: Scratch) -> None:
+    """Tells the consumers of what this warpgroup wrote itself."""
     plgpu.commit_smem()  # the tensor cores read what was written here through another proxy
     plgpu.barrier_arrive(s.full.at[slot, piece])
+
+
+def _tiles(slot: int, piece: int, s: Scratch) -> list[Any]:
+    """A piece's shared memory in tiles of 64 columns: the registers of this warpgroup are few."""
+    if piece == NUM_PIECES:
+        return [s.k_rope.at[slot]]
+    return [s.kv.at[slot, piece, :, pl.ds(column, 64)] for column in range(0, PIECE, 64)]

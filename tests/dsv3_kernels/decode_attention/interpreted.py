@@ -26,6 +26,7 @@ def given(num_queries: int, num_heads: int, *lengths: int, **options: bool) -> D
 CASES = {  # parts, the case
     "splits": (3, given(2, 9, 0, 300, 65)),
     "two-row-blocks": (5, given(4, 17, 64, 1, 0, 700)),
+    "fp8": (2, given(2, 9, 0, 197, is_fp8=True)),
     "not-causal": (1, given(3, 1, 2, 129, causal=False)),
 }
 
