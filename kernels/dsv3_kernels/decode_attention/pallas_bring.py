@@ -61,7 +61,7 @@ def bf16_pages(kv, table, s: Scratch) -> BringPair:
     """Pages of [64, 576] BF16: a whole one is copied as it is."""
 
     def bring_pair(seg: Segment, i, is_first) -> None:
-        pages = pages_of(table, seg, i)
+        pages = pages_of(table, kv.shape[0], seg, i)
         num_tokens = tokens_of(seg, i)
         for slot, half in STEPS:
             await_empty(s, slot, half, is_first)
@@ -90,10 +90,10 @@ def bf16_pages(kv, table, s: Scratch) -> BringPair:
     return bring_pair
 
 
-def pages_of(table, seg: Segment, i) -> list[Any]:
-    """The page ids of pair i; one past the sequence's end may be anything."""
+def pages_of(table, num_pages: int, seg: Segment, i) -> list[Any]:
+    """The page ids of pair i, cut to pages that exist, as XLA's are; past a sequence's end they may be anything."""
     last = jnp.int32(table.shape[1] - 1)
-    return [table[seg.seq, jnp.minimum(2 * i + slot, last)] for slot in range(2)]
+    return [jnp.clip(table[seg.seq, jnp.minimum(2 * i + slot, last)], 0, num_pages - 1) for slot in range(2)]
 
 
 def tokens_of(seg: Segment, i) -> list[Any]:

@@ -74,8 +74,7 @@ def fp8_pages(values, scales, rope, table, s: Scratch) -> BringPair:
 
     def bring_pair(seg: Segment, i, is_first) -> None:
         num_tokens = tokens_of(seg, i)
-        # An id past the sequence's end may be anything; page 0 exists, and none of its rows will count.
-        pages = [jnp.where(count > 0, page, 0) for page, count in zip(pages_of(table, seg, i), num_tokens)]
+        pages = pages_of(table, values.shape[0], seg, i)  # without tokens, too: none of its rows will count
         zero = lax.optimization_barrier(jnp.int32(0))  # addresses would else be loop invariants, and spilled
         under_way = [load(pages[slot], piece, rows) for slot, _, piece, rows in STRIPS[:AHEAD]]
         for index, (slot, half, piece, rows) in enumerate(STRIPS):

@@ -68,10 +68,10 @@ def mla_decode_pallas(
 
 
 def aot_cases() -> list[AotCase]:
-    """One and several queries, all and few heads."""
+    """BF16 and FP8 caches, one and several queries, all and few heads."""
     return [
         AotCase(
-            case.name.replace("-", " ", 1).replace("b", "mla_decode b", 1),
+            f"mla_decode{'_fp8' * case.is_fp8} {case.name.removesuffix('-fp8')}",
             functools.partial(mla_decode_pallas, softmax_scale=SOFTMAX_SCALE, causal=case.causal),
             case.shapes(),
             (BF16_MMA,),

@@ -12,7 +12,7 @@ import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_kernels.decode_attention.cases import SOFTMAX_SCALE, DecodeCase, make_inputs
+from dsv3_kernels.decode_attention.cases import SOFTMAX_SCALE, DecodeCase, DecodeInputs, make_inputs
 from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
 from dsv3_kernels.decode_attention.reference import mla_decode_reference
 from dsv3_kernels.latent_cache.fp8_rows import unpack_fp8_cache_rows
@@ -28,12 +28,18 @@ CASES = {  # parts, the case
     "two-row-blocks": (5, given(4, 17, 64, 1, 0, 700)),
     "fp8": (2, given(2, 9, 0, 197, is_fp8=True)),
     "not-causal": (1, given(3, 1, 2, 129, causal=False)),
+    "one-sequence": (5, given(1, 65, 300)),
+    "all-empty": (2, given(2, 9, 0, 0)),
+    "stray-pages": (2, given(1, 3, 100, 70)),
+    "stray-pages-fp8": (2, given(1, 3, 100, 70, is_fp8=True)),
 }
 
 
 def main(name: str, *, detect_races: bool) -> None:
     num_parts, case = CASES[name]
     inputs = make_inputs(case)
+    if name.startswith("stray-pages"):
+        _stray(inputs)
     q_latent, q_rope, kv_pages, page_table, seq_lens = map(jnp.asarray, inputs)
     kv = inputs.kv_pages
     if case.is_fp8:
@@ -53,6 +59,14 @@ def main(name: str, *, detect_races: bool) -> None:
     assert wrong is None, f"lse of {name}: {wrong}"
     if detect_races:
         assert not interpret_pallas_call.get_races().races_found, f"races in {name}"
+
+
+def _stray(inputs: DecodeInputs) -> None:
+    """Full pages at both ends of the pool, and page ids beyond them, within the lengths."""
+    pages, table = inputs.kv_pages, inputs.page_table
+    first, last = pages[table[0, 0]].copy(), pages[table[1, 0]].copy()
+    pages[0], pages[-1] = first, last
+    table[0, 0], table[1, 0] = -7, len(pages) + 9
 
 
 if __name__ == "__main__":

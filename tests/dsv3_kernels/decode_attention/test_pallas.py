@@ -25,7 +25,8 @@ from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
     "arguments",
     [
         ["splits"],
-        ["fp8"],
+        ["fp8", "stray-pages-fp8"],
+        pytest.param(["stray-pages", "one-sequence", "all-empty"], marks=pytest.mark.slow),
         pytest.param(["two-row-blocks", "not-causal"], marks=pytest.mark.slow),
         pytest.param(["--races", "splits"], marks=pytest.mark.slow),
         pytest.param(["--races", "fp8"], marks=pytest.mark.slow),
