@@ -151,10 +151,24 @@ COMPILED_CASES = (
 )
 """What is compiled without a GPU."""
 
-SPEED_CASES = tuple(
-    DecodeCase(128, s, 128, k, is_varlen=v)
-    for s in (1, 2, 4)
-    for k in (4096, 8192, 16384, 32768)
-    for v in (False, True)
+CHECKED_CASES = (
+    *(_of_all_lengths(1, h) for h in HEADS[1:]),
+    *(_of_all_lengths(4, h, is_fp8=True) for h in (9, 128)),
+    _of_all_lengths(2, 128, causal=False),
+    DecodeCase(128, 2, 16, 140, is_varlen=True, given_lengths=(0, 140, 0, 3)),
+    DecodeCase(1, 1, 128, 20000),
+    *(DecodeCase(6, s, 128, 4096, is_varlen=True, is_fp8=f) for s in (1, 2) for f in (False, True)),
 )
-"""Batch 128 and 128 heads, FlashMLA's benchmark."""
+"""What is compared on a GPU besides: many splits of one sequence, many sequences in one part."""
+
+SPEED_CASES = (
+    *(
+        DecodeCase(128, s, 128, k, is_varlen=v)
+        for s in (1, 2)
+        for k in (4096, 8192, 16384, 32768)
+        for v in (False, True)
+    ),
+    *(DecodeCase(128, s, 16, k) for s in (1, 2) for k in (4096, 32768)),
+    *(DecodeCase(128, s, 128, k, is_fp8=True) for s in (1, 2) for k in (4096, 32768)),
+)
+"""Batch 128: FlashMLA's benchmark of all 128 heads; an eighth of them, which memory bounds; the FP8 cache."""

@@ -1,0 +1,152 @@
+"""What `mla_decode` is compared with on a GPU: float32 within FlashMLA's tolerances, XLA's speed, published rates."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from dsv3_kernels.decode_attention.api import mla_decode
+from dsv3_kernels.decode_attention.cases import (
+    CHECKED_CASES,
+    GARBAGE_PAGE,
+    LATENT_DIM,
+    PAGE_SIZE,
+    ROPE_DIM,
+    SMALL_CASES,
+    SOFTMAX_SCALE,
+    SPEED_CASES,
+    DecodeCase,
+)
+from dsv3_kernels.decode_attention.reference import mla_decode_reference, to_floats
+from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison, Published, diff
+from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows
+
+Inputs = tuple[Array, Array, Array, Array, Array]
+"""The arguments of `mla_decode`, in its order."""
+
+COMPUTE_BOUND = Published("FlashMLA, H800, its best of compute-bound shapes", tflops=660)
+MEMORY_BOUND = Published("FlashMLA, H800, its best of memory-bound shapes", gbps=3000)
+"""Of 2025-04-22 and 2025-02-24, with a BF16 cache; shapes are not told."""
+
+BOUND_BY_PRODUCTS = 128
+"""Query rows a key from which FlashMLA's authors call it compute-bound."""
+
+MAX_DRAWN_PAGES = 8192
+"""Pages of random numbers; a larger pool repeats them at other addresses, which no cache can tell."""
+
+
+def bench_cases() -> list[BenchCase]:
+    """FlashMLA's benchmark; flops are counted without regard to the mask, as it does."""
+    return [
+        BenchCase(
+            op="mla_decode",
+            name=case.name,
+            make_inputs=functools.partial(make_inputs, case),
+            kernel=functools.partial(_run, case, implementation="pallas"),
+            others={"XLA": functools.partial(_run, case, implementation="xla")},
+            flops=float(case.flops(case.lengths())),
+            num_bytes=float(case.bytes_moved(case.lengths())),
+            published=_published(case),
+            is_quick=case in SPEED_CASES[:1],
+        )
+        for case in SPEED_CASES
+    ]
+
+
+def check_cases() -> list[CheckCase]:
+    """Every case by FlashMLA's rule for outputs and for log-sum-exps."""
+    return [
+        CheckCase(
+            op="mla_decode",
+            name=case.name,
+            make_inputs=functools.partial(make_inputs, case),
+            run=functools.partial(_run, case),
+            comparisons=_comparisons(case),
+            is_small=case in SMALL_CASES,
+        )
+        for case in (*SMALL_CASES, *CHECKED_CASES)
+    ]
+
+
+def make_inputs(case: DecodeCase, key: jax.Array) -> Inputs:
+    """As `cases.make_inputs`, on the device; only the lengths are the same for every key."""
+    lengths = case.lengths()
+    pages_used = -(-lengths // PAGE_SIZE)
+    num_pages = int(pages_used.sum()) + 1
+    column = np.arange(max(int(pages_used.max()), 1) + 1, dtype=np.int32)
+    in_line = (np.cumsum(pages_used, dtype=np.int32) - pages_used)[
+        :, None
+    ] + column  # page number if none were shuffled
+    is_used = column < pages_used[:, None]
+    tokens_in_line = np.append(np.clip(lengths[:, None] - column * PAGE_SIZE, 0, PAGE_SIZE)[is_used], 0)
+
+    kv_key, query_key, order_key = jax.random.split(key, 3)
+    ids = jax.random.permutation(order_key, num_pages).astype(jnp.int32)
+    page_table = jnp.where(is_used, ids[np.where(is_used, in_line, 0)], GARBAGE_PAGE)
+    tokens = jnp.zeros(num_pages, jnp.int32).at[ids].set(tokens_in_line.astype(np.int32))
+    is_token = jnp.arange(PAGE_SIZE, dtype=jnp.int32)[None, :, None] < tokens[:, None, None]
+    kv = _noise(kv_key, (min(num_pages, MAX_DRAWN_PAGES), PAGE_SIZE, LATENT_DIM + ROPE_DIM))
+    if case.is_fp8:
+        kv = pack_fp8_cache_rows(kv[..., :LATENT_DIM], kv[..., LATENT_DIM:])
+    unused = jnp.asarray(0xFF if case.is_fp8 else jnp.nan, kv.dtype)  # bytes that are NaN in E4M3, float32 and BF16
+    kv_pages = jnp.where(is_token, kv[np.arange(num_pages, dtype=np.int32) % kv.shape[0]], unused)
+    q = _noise(query_key, (case.num_seqs, case.num_queries, case.num_heads, LATENT_DIM + ROPE_DIM))
+    return q[..., :LATENT_DIM], q[..., LATENT_DIM:], kv_pages, page_table, jnp.asarray(lengths)
+
+
+def excess(absolute: float, relative: float) -> Callable[[Array, Array], Array]:
+    """FlashMLA's rule as a number: max |x - y| / max(absolute, relative |y|); NaN where only one is infinite or NaN."""
+
+    def error(x: Array, y: Array) -> Array:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        allowed = jnp.maximum(absolute, relative * jnp.abs(y))
+        ratio = jnp.where(x == y, 0.0, jnp.abs(x - y) / allowed)
+        return jnp.where(jnp.isfinite(ratio).all(), jnp.max(ratio), jnp.float32(jnp.nan))
+
+    return error
+
+
+def finite_diff(x: Array, y: Array) -> Array:
+    """`diff` of the elements that are finite in y."""
+    return diff(jnp.where(jnp.isfinite(y), x, 0.0), jnp.where(jnp.isfinite(y), y, 0.0))
+
+
+def _noise(key: jax.Array, shape: tuple[int, ...]) -> Array:
+    return jnp.clip(jax.random.normal(key, shape) / 10, -1, 1).astype(jnp.bfloat16)
+
+
+def _published(case: DecodeCase) -> Published | None:
+    if case.is_fp8:
+        return None
+    return COMPUTE_BOUND if case.num_queries * case.num_heads >= BOUND_BY_PRODUCTS else MEMORY_BOUND
+
+
+def _run(case: DecodeCase, inputs: Inputs, implementation: str) -> tuple[Array, Array]:
+    return mla_decode(*inputs, softmax_scale=SOFTMAX_SCALE, causal=case.causal, implementation=implementation)
+
+
+def _in_float32(case: DecodeCase, inputs: Inputs) -> tuple[Array, Array]:
+    q_latent, q_rope, kv_pages, page_table, seq_lens = inputs
+    return mla_decode_reference(
+        q_latent.astype(jnp.float32),
+        q_rope.astype(jnp.float32),
+        to_floats(kv_pages).astype(jnp.float32),
+        page_table,
+        seq_lens,
+        softmax_scale=SOFTMAX_SCALE,
+        causal=case.causal,
+    )
+
+
+def _comparisons(case: DecodeCase) -> tuple[Comparison, ...]:
+    expected = jax.jit(functools.partial(_in_float32, case))
+    out, lse = excess(8e-4, 2.01 / 128), excess(1e-6, 8.01 / 65536)
+    return (
+        Comparison("out", expected, lambda x, y: out(x[0], y[0]), 1.0),
+        Comparison("out, cosine", expected, lambda x, y: diff(x[0], y[0]), 5e-6),
+        Comparison("lse", expected, lambda x, y: lse(x[1], y[1]), 1.0),
+        Comparison("lse, cosine", expected, lambda x, y: finite_diff(x[1], y[1]), 5e-6),
+    )
