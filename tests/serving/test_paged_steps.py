@@ -13,6 +13,7 @@ from dsv3_jax.interop.pretrained import load_pretrained
 from dsv3_jax.precision.policy import BFLOAT16, FLOAT32
 from dsv3_jax.serving import steps
 from dsv3_jax.serving.paged_steps import PagedCache, empty_pages, paged_decode, paged_prefill
+from dsv3_kernels import dispatch
 
 STATIC = ("cfg", "policy", "implementation")
 contiguous_prefill = jax.jit(steps.prefill, static_argnames=("cfg", "cache_size", "policy"))
@@ -169,3 +170,15 @@ def test_bfloat16_pages_stay_near_float32(tiny: Tiny, unequal) -> None:
         assert cache.pages.dtype == policy.compute_dtype
         results.append(np.asarray(logits))
     assert np.linalg.norm(results[1] - results[0]) < 0.1 * np.linalg.norm(results[0])
+
+
+@one_of_them
+@pytest.mark.parametrize("step", [prefill_step, decode_step], ids=["prefill", "decode"])
+def test_a_kernel_that_cannot_run_here_says_so(tiny: Tiny, step) -> None:
+    """Rather than that `cache_write`, which has none, does not know the name."""
+    if dispatch.why_no_pallas() is None:
+        pytest.skip("a Hopper GPU is here")
+    cache = fresh_cache(tiny.cfg, 1, 1)
+    settings = {"policy": FLOAT32, "implementation": "pallas"}
+    with pytest.raises(NotImplementedError, match=r"mla_(prefill|decode)\(implementation=\"pallas\"\) needs"):
+        step(tiny.cfg, tiny.weights, np.zeros((1, 1), np.int32), everyone(1, 1), cache, **settings)
