@@ -1,0 +1,73 @@
+"""What writing the latent cache is compared with on a GPU."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dsv3_kernels.gpu.case import CheckCase, Comparison
+from dsv3_kernels.latent_cache import api
+from dsv3_kernels.latent_cache.cases import CASES, PAGE_SIZE, UGLY, Case
+from dsv3_kernels.latent_cache.fp8_rows import ROW_BYTES, unpack_fp8_cache_rows
+
+LIMITS = {False: 2.0**-7, True: 2.0**-3}
+"""Of a row's error over its norm: a step of bfloat16; a step of E4M3, where a last bit of the mean turns a rounding."""
+
+
+def check_cases() -> list[CheckCase]:
+    """Every row of the pool, written or not, against the loop over rows."""
+    return [
+        CheckCase(
+            op="cache_write",
+            name=case.name,
+            make_inputs=functools.partial(make_inputs, case),
+            run=_run,
+            comparisons=(
+                Comparison("worst row", jax.jit(functools.partial(_run, form="reference")), worst_row, limit),
+            ),
+            is_small=case in UGLY,
+        )
+        for case in (*UGLY, *(case._replace(T=min(case.T, 300)) for case in CASES))
+        for limit in (LIMITS[case.fp8],)
+    ]
+
+
+def make_inputs(case: Case, key: jax.Array) -> dict[str, Array]:
+    """As `cases.make` on the device, in bfloat16; the last sequence gets a row less than the others, if it can."""
+    keys = dict(zip(("down", "scale", "angles", "pages", "table"), jax.random.split(key, 5), strict=True))
+    B, T = case.B, case.T
+    starts = [case.before[b % len(case.before)] for b in range(B)]
+    num_columns = -(-(max(starts) + T) // PAGE_SIZE)
+    num_pages = 2 * B * num_columns
+    angles = jax.random.uniform(keys["angles"], (B, T, case.R // 2), maxval=6.0)
+    if case.fp8:  # of zeros, which are no NaN
+        pages = jnp.zeros((num_pages, PAGE_SIZE, ROW_BYTES), jnp.uint8)
+    else:
+        pages = jax.random.normal(keys["pages"], (num_pages, PAGE_SIZE, case.C + case.R), jnp.bfloat16)
+    return {
+        "kv_pages": pages,
+        "kv_down": jax.random.normal(keys["down"], (B, T, case.C + case.R), jnp.bfloat16),
+        "norm_scale": jax.random.uniform(keys["scale"], (case.C,), minval=0.5, maxval=1.5),
+        "cos": jnp.cos(angles),
+        "sin": jnp.sin(angles),
+        "page_table": jax.random.permutation(keys["table"], num_pages)[: B * num_columns].reshape(B, num_columns),
+        "starts": jnp.asarray(starts, jnp.int32),
+        "counts": jnp.full(B, T, jnp.int32).at[-1].add(-(T > 1)),
+    }
+
+
+def worst_row(found: Array, expected: Array) -> Array:
+    """The largest |x - y| / |y| of any row of the pool; |x| where y is 0, NaN where there is one."""
+    if found.dtype == jnp.uint8:
+        found, expected = (jnp.concatenate(unpack_fp8_cache_rows(pages), axis=-1) for pages in (found, expected))
+    x, y = found.astype(jnp.float32), expected.astype(jnp.float32)
+    size = jnp.sqrt(jnp.sum(y * y, axis=-1))
+    error = jnp.sqrt(jnp.sum((x - y) ** 2, axis=-1)) / jnp.where(size > 0, size, jnp.float32(1))
+    return jnp.where(jnp.isnan(error).any(), jnp.float32(jnp.nan), error.max())
+
+
+def _run(inputs: dict[str, Any], form: str) -> Array:
+    """There is no kernel: where one is asked for, what serves in its place."""
+    return api.cache_write(**inputs, eps=1e-6, implementation=None if form == "pallas" else form)
