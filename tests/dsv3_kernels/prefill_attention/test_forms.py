@@ -130,6 +130,14 @@ def test_memory_is_linear() -> None:
     assert "4096x4096" not in text
 
 
+def test_few_queries_pay_for_no_more() -> None:
+    """One query over many keys has one row of scores, not a chunk of them."""
+    q, k = (jax.ShapeDtypeStruct((1, n, 1, 8), jnp.float32) for n in (1, 4096))
+    text = jax.jit(partial(mla_prefill, softmax_scale=SCALE, implementation="xla")).lower(q, k, k).as_text()
+    assert "1x4096" in text
+    assert "256x4096" not in text
+
+
 def test_operations_are_counted_by_pairs() -> None:
     case = Case("count", B=2, T=3, S=5, H=7, qk_dim=4, v_dim=3)
     assert num_operations(case) == 2 * 2 * 7 * (3 + 4 + 5) * (4 + 3)
@@ -158,6 +166,8 @@ Q, K, V = (2, 3, 4, 12), (2, 5, 4, 12), (2, 5, 4, 8)
         (floats(*Q), floats(*K), floats(*V), (ids(2, 3),), None, "Only one of the segment ids"),
         (floats(*Q), floats(*K), floats(*V), (None, ids(2, 5)), None, "Only one of the segment ids"),
         (floats(*Q), floats(*K), floats(*V), (ids(2, 3), ids(2, 4)), None, "kv_segment_ids is int32"),
+        (floats(2, 0, 4, 12), floats(*K), floats(*V), (), None, "none may be empty"),
+        (floats(*Q), floats(2, 0, 4, 12), floats(2, 0, 4, 8), (), ids(2), "none may be empty"),
         (floats(*Q), floats(*K), floats(*V), (), ids(3), "give one integer a sequence"),
     ],
 )
