@@ -144,7 +144,9 @@ def _ask_torch(python: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dsv3_kernels.bench", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3_kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these ops")
     parser.add_argument("--json", metavar="FILE", help="write the data to this file, too")
     parser.add_argument("--quick", action="store_true", help="few rows and samples")

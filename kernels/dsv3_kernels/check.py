@@ -143,7 +143,9 @@ def _same_bits(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dsv3_kernels.check", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3_kernels.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these ops")
     parser.add_argument("--form", default="pallas", choices=("pallas", "xla", "reference"), help="default %(default)s")
     parser.add_argument("--small", action="store_true", help="only cases that a CPU can afford")

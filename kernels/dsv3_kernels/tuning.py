@@ -131,7 +131,9 @@ def problems() -> Iterator[tuple[str, Problem]]:
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dsv3_kernels.tuning", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3_kernels.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", action="store_true", help="write what the model says, and measure nothing")
     parser.add_argument(
         "--candidates", type=int, default=6, help="how many of the model's best tiles to time (default %(default)s)"
