@@ -61,6 +61,8 @@ def test_ratios_rates_and_shares():
     assert data["kernel_us_range"] == [18.0, 22.0]
     data = as_data(bench.run_cases([case_of(flops=18e9)], timer, has_time=always)[0], CEILINGS)
     assert (data["ceiling"], data["share_of_ceiling"]) == ("compute", 0.75)
+    data = as_data(bench.run_cases([case_of(flops=9e9, is_bf16=True)], timer, has_time=always)[0], CEILINGS)
+    assert (data["ceiling"], data["share_of_ceiling"]) == ("compute", 0.75)
 
 
 def test_what_cannot_run_leaves_a_note_and_the_other_times():

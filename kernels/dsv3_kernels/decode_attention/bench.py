@@ -51,6 +51,7 @@ def bench_cases() -> list[BenchCase]:
             num_bytes=float(case.bytes_moved(case.lengths())),
             published=_published(case),
             is_quick=case in SPEED_CASES[:1],
+            is_bf16=True,
         )
         for case in SPEED_CASES
     ]

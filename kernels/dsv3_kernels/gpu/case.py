@@ -48,6 +48,8 @@ class BenchCase(NamedTuple):
     """M, N, K, if torch's scaled matmul computes it in one call."""
     is_quick: bool = False
     """Whether `--quick` keeps it."""
+    is_bf16: bool = False
+    """Whether its products are of bf16, so that their rate is its ceiling, not that of FP8."""
 
 
 class Comparison(NamedTuple):

@@ -24,9 +24,10 @@ class Ceilings(NamedTuple):
     bf16_flops: float
     fp8_flops: float
 
-    def share(self, seconds: float, flops: float, num_bytes: float) -> tuple[float, str]:
+    def share(self, seconds: float, flops: float, num_bytes: float, *, is_bf16: bool = False) -> tuple[float, str]:
         """Share of the ceiling that `seconds` reach, and which one binds: "memory" or "compute"."""
-        memory, compute = num_bytes / self.copy_bytes, flops / max(self.fp8_flops, self.bf16_flops)
+        rate = self.bf16_flops if is_bf16 else max(self.fp8_flops, self.bf16_flops)
+        memory, compute = num_bytes / self.copy_bytes, flops / rate
         return max(memory, compute) / seconds, "memory" if memory > compute else "compute"
 
 

@@ -42,7 +42,7 @@ def as_data(row: Row, ceilings: Ceilings) -> dict[str, Any]:
     if row.spread:
         data["kernel_us_range"] = [_microseconds(seconds) for seconds in row.spread]
     if row.kernel is not None:
-        share, bound = ceilings.share(row.kernel, case.flops, case.num_bytes)
+        share, bound = ceilings.share(row.kernel, case.flops, case.num_bytes, is_bf16=case.is_bf16)
         data |= {
             "tflops": round(case.flops / row.kernel / 1e12, 1),
             "gbps": round(case.num_bytes / row.kernel / 1e9, 1),
@@ -60,8 +60,9 @@ def markdown(machine: Mapping[str, Any], ceilings: Ceilings, rows: Sequence[Row]
         f"- ceilings measured in this run: copy {ceilings.copy_bytes / 1e9:.0f} GB/s, product of large matrices "
         f"{ceilings.bf16_flops / 1e12:.0f} TFLOPS in bf16, {ceilings.fp8_flops / 1e12:.0f} in FP8 without scales",
         "",
-        "`of ceiling`: time that the bytes need at the copy rate or the product at the FP8 rate, whichever is longer "
-        "(m, c), by the time taken. `×`: how many times as long the other way takes; above 1 the kernel is faster.",
+        "`of ceiling`: time that the bytes need at the copy rate or the products at the FP8 rate (bf16 products: at "
+        "theirs), whichever is longer (m, c), by the time taken. `×`: how many times as long the other way takes; "
+        "above 1 the kernel is faster.",
     ]
     for op in dict.fromkeys(row.case.op for row in rows):
         lines += ["", *_table(op, [row for row in rows if row.case.op == op], ceilings)]
@@ -76,7 +77,7 @@ def _table(op: str, rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
         case, ratios = row.case, row.ratios
         cells = [case.name, "not measured", "", "", ""]
         if row.kernel is not None:
-            share, bound = ceilings.share(row.kernel, case.flops, case.num_bytes)
+            share, bound = ceilings.share(row.kernel, case.flops, case.num_bytes, is_bf16=case.is_bf16)
             cells = [
                 case.name,
                 f"{row.kernel * 1e6:.1f}",

@@ -65,5 +65,6 @@ def test_rows_hold_flashmlas_counts():
     assert row.flops == 2 * 128 * 2 * 128 * 4096 * (576 + 512)
     assert row.num_bytes == 128 * (4096 * 576 * 2 + 2 * 128 * ((576 + 512) * 2 + 4))
     assert row.published.tflops == 660
+    assert row.is_bf16
     assert rows["b128-s1-h16-k32768"].published.gbps == 3000
     assert rows["b128-s1-h128-k4096-fp8"].num_bytes < row.num_bytes
