@@ -64,7 +64,8 @@ def check_cases() -> list[CheckCase]:
 
 def make_inputs(case: Case, key: jax.Array) -> dict[str, Array | None]:
     """As `cases.make`, in bfloat16 on the device."""
-    keys = dict(zip(("q", "k", "v", "d_out", "d_lse", "ids"), jax.random.split(key, 6), strict=True))
+    names = ("q", "k", "v", "d_out", "d_lse", "ids")
+    keys: dict[str, Array] = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     B, T, S, H = case.B, case.T, case.S, case.H
 
     def normal(name: str, *shape: int) -> Array:

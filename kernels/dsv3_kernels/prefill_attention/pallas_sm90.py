@@ -131,7 +131,8 @@ def gradients(
 
 def _backward(softmax_scale, interpret, saved, cotangents):
     inputs, out, lse = saved
-    found = gradients(*inputs, out, lse, *cotangents, softmax_scale=softmax_scale, interpret=interpret)
+    arrays = (*inputs, out, lse, *cotangents)
+    found = gradients(*arrays, softmax_scale=softmax_scale, interpret=interpret)
     return *found, None, None, None
 
 

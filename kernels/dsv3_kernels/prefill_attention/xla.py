@@ -121,7 +121,8 @@ def gradients(
 
 def _backward(softmax_scale, saved, cotangents):
     inputs, out, lse = saved
-    return *gradients(*inputs, out, lse, *cotangents, softmax_scale=softmax_scale), None, None, None
+    arrays = (*inputs, out, lse, *cotangents)
+    return *gradients(*arrays, softmax_scale=softmax_scale), None, None, None
 
 
 _attend.defvjp(_attend_and_save, _backward)
