@@ -39,6 +39,7 @@ def bench_cases() -> list[BenchCase]:
                     flops=float(num_operations(case, backward=is_backward)),
                     num_bytes=float(num_bytes(case, backward=is_backward)),
                     is_quick=case is CASES[0],
+                    is_bf16=True,
                 )
             )
     return cases

@@ -29,3 +29,11 @@ def test_one_wrong_row_and_one_nan_fail() -> None:
     wrong = right | {"out": right["out"].at[1, 7, 1].multiply(1.1)}
     assert comparison.error(wrong, expected) > comparison.limit
     assert jnp.isnan(comparison.error(right | {"d_k": right["d_k"].at[0, 0, 0, 0].set(jnp.nan)}, expected))
+
+
+def test_rows_are_judged_by_the_bf16_rate() -> None:
+    """And forward and backward have a row each at every shape of the model."""
+    rows = bench.bench_cases()
+    assert len(rows) == 2 * len(bench.CASES)
+    assert all(row.is_bf16 and row.flops > 0 and row.num_bytes > 0 for row in rows)
+    assert rows[1].flops / rows[0].flops == (3 * 192 + 2 * 128) / (192 + 128)
