@@ -60,9 +60,3 @@ def make(case: Case, dtype: np.typing.DTypeLike = np.float32, seed: int = 0) -> 
         "starts": starts,
         "counts": np.full(B, T, np.int32),
     }
-
-
-def num_bytes(case: Case) -> int:
-    """Bytes that must move: the rows read in bfloat16 and written, angles, scale."""
-    row_out = 656 if case.fp8 else 2 * (case.C + case.R)
-    return case.B * case.T * (2 * (case.C + case.R) + row_out + 4 * case.R) + 4 * case.C
