@@ -9,6 +9,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_kernels.scales import E4M3_MAX, reciprocal_of, scale_of
 
+CAN_STORE = hasattr(plgpu, "store")
+"""Whether this jax has the stores that keep a layout, which came with 0.12; without them there are no kernels here."""
+
 MOSAIC = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
