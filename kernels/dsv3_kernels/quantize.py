@@ -8,6 +8,7 @@ and gives JAX arrays, with the same bits.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
@@ -44,10 +45,14 @@ def quantize_tiles(
         tile: rows and columns that share a scale, such as (128, 128), (1, 128), (128, 1).
         scale: "float32", or "ue8m0" for scales that are powers of two.
     Returns: `QTensor` of the shape of `x`. A tile that holds a NaN or infinity has a non-finite scale.
-    Raises: ValueError for a tile that is not positive or an unknown `scale`.
+    Raises: ValueError for what is no matrix of floats, a tile that is not positive, or an unknown `scale`.
     """
-    if min(tile) < 1:
-        raise ValueError(f"tile={tile} must be two positive numbers of rows and columns.")
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x is {x.dtype}{list(x.shape)}; it must be of a float type with two axes or more (for one row, x[None])."
+        )
+    if len(tile) != 2 or min(tile) < 1:
+        raise ValueError(f"tile={tile} must be two positive numbers of rows and columns, such as (1, 128).")
     if scale not in ("float32", "ue8m0"):
         raise ValueError(f"scale={scale!r} is unknown; use 'float32' or 'ue8m0'.")
     xp = x.__array_namespace__()

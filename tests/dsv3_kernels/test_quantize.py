@@ -1,6 +1,9 @@
 """The tile quantiser against DeepSeek's own numbers, and its two forms against each other."""
 
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -130,3 +133,27 @@ def test_refuses_scales_of_another_tile_size():
         quantize_tiles(np.zeros((2, 2), np.float32), tile=(1, 1), scale="e8m0")
     with pytest.raises(ValueError, match="positive"):
         quantize_tiles(np.zeros((2, 2), np.float32), tile=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            "quantize_tiles(np.ones(5, np.float32), tile=(1, 128))",
+            "x is float32[5]; it must be of a float type with two",
+        ),
+        ("quantize_tiles(np.ones((2, 5), np.int32), tile=(1, 128))", "x is int32[2, 5]; it must be of a float type"),
+        ("quantize_tiles(np.ones((2, 5), np.float32), tile=(128,))", "tile=(128,) must be two positive numbers"),
+    ],
+)
+def test_what_is_no_matrix_of_floats_is_refused(call, message, repository):
+    """In a process of its own: here the signature's check would come first."""
+    program = f"import numpy as np; from dsv3_kernels import quantize_tiles; {call}"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(repository / "kernels")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"ValueError: {message}" in result.stderr
