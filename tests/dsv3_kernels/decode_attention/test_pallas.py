@@ -21,6 +21,9 @@ if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
 from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="the interpreter of jax 0.11.2 never ends on this kernel; lowering is tested"
+)
 @pytest.mark.parametrize(
     "arguments",
     [
