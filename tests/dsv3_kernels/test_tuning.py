@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv3_kernels import dispatch, tuning
+from dsv3_kernels import dispatch, tiles, tuning
 from dsv3_kernels.sm90 import model, trial
 from dsv3_kernels.sm90.tile import SHARED_LIMIT, Tile, output_slots, stage_bytes
 
 
-@pytest.mark.parametrize("kind", sorted(tuning.FILES))
+@pytest.mark.parametrize("kind", sorted(tiles.FILES))
 def test_tiles_of_the_tables_fit(kind):
-    tuned = tuning.tuned_tiles(kind)
+    tuned = tiles.tuned_tiles(kind)
     assert tuned
     for problem, tile in tuned:
-        assert tuning.choose(kind, problem) in [other for _, other in tuned]
+        assert tiles.choose(kind, problem) in [other for _, other in tuned]
         by_row = problem.is_b_scaled_by_row
         dtype = jnp.float32 if tile.split_k > 1 else problem.out_dtype
         assert output_slots(tile, dtype, is_b_scaled_by_row=by_row) >= 1
@@ -24,14 +24,14 @@ def test_tiles_of_the_tables_fit(kind):
 
 
 def test_tables_have_a_row_for_every_case():
-    rows = {(row["kind"], *row["problem"].values()) for kind in tuning.FILES for row in tuning.table(kind)}
+    rows = {(row["kind"], *row["problem"].values()) for kind in tiles.FILES for row in tiles.table(kind)}
     assert {(kind, *problem) for kind, problem in tuning.problems()} == rows
 
 
 def test_a_decoding_batch_takes_the_tile_of_a_full_one():
     def choose(m):
-        problem = tuning.dense(m, 2112, 7168, out_dtype=jnp.bfloat16, is_b_scaled_by_row=False)
-        return tuning.choose(tuning.DENSE, problem)
+        problem = tiles.dense(m, 2112, 7168, out_dtype=jnp.bfloat16, is_b_scaled_by_row=False)
+        return tiles.choose(tiles.DENSE, problem)
 
     assert choose(1) == choose(33) == choose(64)
     assert choose(64).block_m == 64
@@ -39,24 +39,24 @@ def test_a_decoding_batch_takes_the_tile_of_a_full_one():
 
 
 def test_a_shape_without_a_row_takes_the_tile_of_the_model():
-    problem = tuning.dense(1025, 1000, 1280, out_dtype=jnp.float32, is_b_scaled_by_row=False)
-    tile = tuning.choose(tuning.DENSE, problem)
+    problem = tiles.dense(1025, 1000, 1280, out_dtype=jnp.float32, is_b_scaled_by_row=False)
+    tile = tiles.choose(tiles.DENSE, problem)
     assert tile == model.best_tile(problem)
     assert output_slots(tile, jnp.float32, is_b_scaled_by_row=False) >= 1
 
 
 def test_a_tile_too_wide_for_the_output_is_passed_over(monkeypatch):
-    problem = tuning.dense(4096, 4096, 7168, out_dtype=jnp.float32, is_b_scaled_by_row=False)
+    problem = tiles.dense(4096, 4096, 7168, out_dtype=jnp.float32, is_b_scaled_by_row=False)
     row = {"kind": "dense", "problem": problem._asdict(), "tile": {"block_m": 256, "block_n": 128, "stages": 6}}
-    monkeypatch.setattr(tuning, "table", lambda kind: [row])
-    assert tuning.choose(tuning.DENSE, problem) == model.best_tile(problem)
+    monkeypatch.setattr(tiles, "table", lambda kind: [row])
+    assert tiles.choose(tiles.DENSE, problem) == model.best_tile(problem)
 
 
 def test_model_fills_the_gpu_and_keeps_groups_apart():
-    few = tuning.dense(64, 2112, 7168, out_dtype=jnp.bfloat16, is_b_scaled_by_row=False)
+    few = tiles.dense(64, 2112, 7168, out_dtype=jnp.bfloat16, is_b_scaled_by_row=False)
     narrow = Tile(64, 64, 10)
     assert model.seconds(few, Tile(64, 64, 10, split_k=4)) < model.seconds(few, narrow)
-    for tile in model.candidates(tuning.contiguous(8192, 4096, 7168, out_dtype=jnp.bfloat16)):
+    for tile in model.candidates(tiles.contiguous(8192, 4096, 7168, out_dtype=jnp.bfloat16)):
         assert tile.block_m <= 128
         assert tile.cluster != "m"
         assert tile.split_k == 1
@@ -66,9 +66,9 @@ def test_writing_the_modelled_tables_changes_nothing_that_is_modelled(monkeypatc
     written = {}
     monkeypatch.setattr(tuning, "_write", lambda path, rows: written.update({path.stem: rows}))
     assert tuning.main(["--model"]) == 0
-    for kind, name in tuning.FILES.items():
-        if all(row["source"] == "modelled" for row in tuning.table(kind)):
-            assert written[name] == tuning.table(kind)
+    for kind, name in tiles.FILES.items():
+        if all(row["source"] == "modelled" for row in tiles.table(kind)):
+            assert written[name] == tiles.table(kind)
 
 
 RIGHT, WRONG, BROKEN = Tile(64, 64, 4), Tile(64, 64, 5), Tile(64, 64, 6)
@@ -100,10 +100,10 @@ def test_no_right_tile_is_an_error():
 
 
 SMALL = {
-    tuning.DENSE: tuning.dense(64, 96, 256, out_dtype=jnp.bfloat16, is_b_scaled_by_row=True),
-    tuning.CONTIGUOUS: tuning.contiguous(1024, 64, 128, out_dtype=jnp.bfloat16),
-    tuning.MASKED: tuning.masked(2, 64, 64, 128, out_dtype=jnp.float32),
-    tuning.CONTRACTION: tuning.contraction(2, 64, 64, 256),
+    tiles.DENSE: tiles.dense(64, 96, 256, out_dtype=jnp.bfloat16, is_b_scaled_by_row=True),
+    tiles.CONTIGUOUS: tiles.contiguous(1024, 64, 128, out_dtype=jnp.bfloat16),
+    tiles.MASKED: tiles.masked(2, 64, 64, 128, out_dtype=jnp.float32),
+    tiles.CONTRACTION: tiles.contraction(2, 64, 64, 256),
 }
 
 
@@ -122,13 +122,13 @@ def test_kernel_and_plain_form_of_a_trial_are_the_same_product(kind, monkeypatch
 
 
 def test_each_device_has_tables_of_its_own_and_h100_stands_in(tmp_path, monkeypatch):
-    assert tuning.device_folder() == "h100_sxm" or jax.devices()[0].platform == "gpu"
+    assert tiles.device_folder() == "h100_sxm" or jax.devices()[0].platform == "gpu"
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
-    monkeypatch.setattr(tuning.jax, "devices", lambda: [device])
-    assert tuning.device_folder() == "nvidia_h200"
-    assert tuning.table(tuning.DENSE) == tuning._read("fp8_gemm", "h100_sxm")
-    monkeypatch.setattr(tuning.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(tiles.jax, "devices", lambda: [device])
+    assert tiles.device_folder() == "nvidia_h200"
+    assert tiles.table(tiles.DENSE) == tiles._read("fp8_gemm", "h100_sxm")
+    monkeypatch.setattr(tiles.importlib.resources, "files", lambda package: tmp_path)
     tuning._write(tmp_path / "tuned" / "nvidia_h200" / "fp8_gemm.json", [{"kind": "dense"}])
-    tuning._read.cache_clear()
-    assert tuning.table(tuning.DENSE) == [{"kind": "dense"}]
-    tuning._read.cache_clear()
+    tiles._read.cache_clear()
+    assert tiles.table(tiles.DENSE) == [{"kind": "dense"}]
+    tiles._read.cache_clear()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsv3_kernels import tuning
+from dsv3_kernels import tiles
 from dsv3_kernels.aot.case import FP8_MMA, AotCase
 from dsv3_kernels.operands import row_tile
 from dsv3_kernels.quantize import QTensor
@@ -40,8 +40,8 @@ def fp8_gemm(
     padding.check_sizes("fp8_gemm", K, M, N)
     is_b_scaled_by_row = row_tile(b) == 1
     if tile is None:
-        problem = tuning.dense(M, N, K, out_dtype=out_dtype, is_b_scaled_by_row=is_b_scaled_by_row)
-        tile = tuning.choose(tuning.DENSE, problem)
+        problem = tiles.dense(M, N, K, out_dtype=out_dtype, is_b_scaled_by_row=is_b_scaled_by_row)
+        tile = tiles.choose(tiles.DENSE, problem)
     parts = tile.split_k
     shape, dtype = ((M, N), out_dtype) if parts == 1 else ((parts, M, N), jnp.float32)
     out = padding.padded_output(tile, shape, dtype)
@@ -55,7 +55,7 @@ def fp8_gemm(
         out=out,
         accumulate_into=buffer,
         is_b_scaled_by_row=is_b_scaled_by_row,
-        num_sms=num_sms or tuning.num_sms(),
+        num_sms=num_sms or tiles.num_sms(),
         interpret=interpret,
     )
     result = padding.cut_to(result, shape)
@@ -67,7 +67,7 @@ def fp8_gemm(
 
 def aot_cases() -> list[AotCase]:
     """Each tile of the table, weight gradients with sums to add to."""
-    return [_aot_case(problem, tile) for problem, tile in tuning.tuned_tiles(tuning.DENSE)]
+    return [_aot_case(problem, tile) for problem, tile in tiles.tuned_tiles(tiles.DENSE)]
 
 
 def _aot_case(problem: Problem, tile: Tile) -> AotCase:

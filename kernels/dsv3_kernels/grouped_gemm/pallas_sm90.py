@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsv3_kernels import tuning
+from dsv3_kernels import tiles
 from dsv3_kernels.aot.case import FP8_MMA, AotCase
 from dsv3_kernels.quantize import QTensor
 from dsv3_kernels.sm90 import kernel, padding, shapes
@@ -33,7 +33,7 @@ def grouped_fp8_gemm(
     """
     (M, K), (G, N, _) = a.values.shape, b.values.shape
     padding.check_sizes("grouped_fp8_gemm", K, M, N, G)
-    tile = tile or tuning.choose(tuning.CONTIGUOUS, tuning.contiguous(M, N, K, out_dtype=out_dtype))
+    tile = tile or tiles.choose(tiles.CONTIGUOUS, tiles.contiguous(M, N, K, out_dtype=out_dtype))
     _check_tile("grouped_fp8_gemm", tile, 128)
     blocks = -(-K // BLOCK_K)
     grid = make_grid(tile, M, N)
@@ -67,7 +67,7 @@ def grouped_fp8_gemm_masked(
     """
     (G, M, K), N = a.values.shape, b.values.shape[1]
     padding.check_sizes("grouped_fp8_gemm_masked", K, G, M, N)
-    tile = tile or tuning.choose(tuning.MASKED, tuning.masked(G, M, N, K, out_dtype=out_dtype))
+    tile = tile or tiles.choose(tiles.MASKED, tiles.masked(G, M, N, K, out_dtype=out_dtype))
     _check_tile("grouped_fp8_gemm_masked", tile, 256)
     blocks = -(-K // BLOCK_K)
     grid = make_grid(tile, M, N)
@@ -124,7 +124,7 @@ def grouped_fp8_gemm_k(
     """
     (M, K), N = a.values.shape, b.values.shape[0]
     padding.check_sizes("grouped_fp8_gemm_k", K, M, N)
-    tile = tile or tuning.choose(tuning.CONTRACTION, tuning.contraction(num_groups, M, N, K))
+    tile = tile or tiles.choose(tiles.CONTRACTION, tiles.contraction(num_groups, M, N, K))
     is_member = block_group[None, :] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]
     starts = jnp.argmax(is_member, axis=1).astype(jnp.int32)
     counts = is_member.sum(axis=1, dtype=jnp.int32)
@@ -148,7 +148,7 @@ def grouped_fp8_gemm_k(
         out=out,
         accumulate_into=None if accumulate_into is None else padding.pad_to(accumulate_into, out.shape),
         is_b_scaled_by_row=True,
-        num_sms=num_sms or tuning.num_sms(),
+        num_sms=num_sms or tiles.num_sms(),
         interpret=interpret,
     )
     return padding.cut_to(result, (num_groups, M, N))
@@ -157,9 +157,9 @@ def grouped_fp8_gemm_k(
 def aot_cases() -> list[AotCase]:
     """Each tile of the table, sums over the contraction with sums to add to."""
     return [
-        *(_aot_contiguous(problem, tile) for problem, tile in tuning.tuned_tiles(tuning.CONTIGUOUS)),
-        *(_aot_masked(problem, tile) for problem, tile in tuning.tuned_tiles(tuning.MASKED)),
-        *(_aot_contraction(problem, tile) for problem, tile in tuning.tuned_tiles(tuning.CONTRACTION)),
+        *(_aot_contiguous(problem, tile) for problem, tile in tiles.tuned_tiles(tiles.CONTIGUOUS)),
+        *(_aot_masked(problem, tile) for problem, tile in tiles.tuned_tiles(tiles.MASKED)),
+        *(_aot_contraction(problem, tile) for problem, tile in tiles.tuned_tiles(tiles.CONTRACTION)),
     ]
 
 
@@ -209,7 +209,7 @@ def _run(
         walk=walk,
         out=padding.padded_output(tile, shape, out_dtype),
         is_b_scaled_by_row=False,
-        num_sms=num_sms or tuning.num_sms(),
+        num_sms=num_sms or tiles.num_sms(),
         interpret=interpret,
     )
     return padding.cut_to(result, shape)
