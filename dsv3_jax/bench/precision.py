@@ -1,10 +1,11 @@
-"""Does training in FP8 lose anything? One model from one seed on one order of data, trained in several precisions.
+"""Does training in FP8 lose anything? One model trained in several precisions, from the same seeds and data.
 
     python -m dsv3_jax.bench.precision configs/tiny.py --steps 1000 --out runs/precision
-    python -m dsv3_jax.bench.precision configs/tiny.py --out runs/precision --arms float32 bf16     only these, for now
+    python -m dsv3_jax.bench.precision configs/tiny.py --seeds 0 1 2 --arms bf16 fp8_dsv3           only these, for now
 
-Each arm is a run in OUT/ARM with checkpoints: the same command continues it. Once all arms are done: a table, and
-OUT/loss_error.png with each arm's loss against that of bf16.
+A seed chooses the first weights and the order of the data. Each arm is a run in OUT/seedN/ARM with checkpoints: the
+same command continues it. At the end: a table, and OUT/loss_error.png, of each arm's loss against that of bf16 from the
+same seeds. Arms and seeds trained by earlier commands into OUT are compared as well.
 """
 
 import argparse
@@ -18,11 +19,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from dsv3_jax.bench.machine import describe
+from dsv3_jax.bench.precision_errors import BASE, read_losses, summary, table
+from dsv3_jax.bench.precision_plot import plot
 from dsv3_jax.bench.timing import Stopwatch
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
@@ -33,16 +33,9 @@ from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.interrupt import StopRequest
 from dsv3_jax.training.log import METRICS, RunLog, read_rows
 from dsv3_jax.training.metrics import Progress, Speed, metrics_row
-from dsv3_jax.training.plot import smooth
 from dsv3_jax.training.schedules import num_micro_batches, rates_at
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import batch_loss, make_step
-
-WINDOW = 100
-"""Steps over which the loss is averaged before arms are compared."""
-
-LAST = 200
-"""Steps at the end over which the error is taken: of the running means only those that lie within them."""
 
 
 class Arm(NamedTuple):
@@ -60,7 +53,7 @@ class Arm(NamedTuple):
 
 ARMS: Mapping[str, Arm] = {
     "float32": Arm("float32", "float32", FLOAT32),
-    "bf16": Arm("bf16 (policy mixed)", "mixed", MIXED),
+    BASE: Arm("bf16 (policy mixed)", "mixed", MIXED),
     "bf16_again": Arm("bf16 from weights 1e-6 away: chance", "mixed", MIXED, jitter=1e-6),
     "fp8_dsv3": Arm("FP8 (fp8_dsv3)", "fp8_dsv3", FP8_DSV3),
     "fp8_block_gradients": Arm(
@@ -69,16 +62,15 @@ ARMS: Mapping[str, Arm] = {
         make_fp8_policy(gradient_tile=(128, 128), name="fp8_block_gradients"),
     ),
 }
-BASE = "bf16"
 
 
-def config_of(cfg: RunConfig, arm: Arm, *, steps: int, data_dir: Path) -> RunConfig:
-    """`cfg` for one arm: its precision, `steps` steps, tokenised data shared by all arms, no average."""
+def config_of(cfg: RunConfig, arm: Arm, *, seed: int, steps: int, data_dir: Path) -> RunConfig:
+    """`cfg` for one arm: its precision, the seed, `steps` steps, tokenised data shared by all arms, no average."""
     tokens = steps * cfg.train.batch.full * cfg.train.seq_len
     output = dataclasses.replace(cfg.train.output, checkpoint_every=100, keep_checkpoints=1, tensorboard=False)
     train = dataclasses.replace(cfg.train, total_tokens=tokens, output=output, ema_decay=0.0)
     data = dataclasses.replace(cfg.data, cache_dir=str(data_dir))
-    return dataclasses.replace(cfg, precision=arm.precision, train=train, data=data)
+    return dataclasses.replace(cfg, seed=seed, precision=arm.precision, train=train, data=data)
 
 
 def train_arm(cfg: RunConfig, arm: Arm, run_dir: Path, *, steps: int, say: Callable[[str], None]) -> bool:
@@ -94,7 +86,9 @@ def train_arm(cfg: RunConfig, arm: Arm, run_dir: Path, *, steps: int, say: Calla
                 check(math.isfinite(row["loss"]), f"{run_dir.name}: the loss of step {row['step']} is {row['loss']}.")
                 log.write(row)
                 if run.progress.step % 50 == 0:
-                    say(f"{run_dir.name}: step {row['step']}, loss {row['main_loss']:.4f}, {row['tokens_per_s']:.0f}/s")
+                    say(
+                        f"{run_dir.parent.name}/{run_dir.name}: step {row['step']}, loss {row['main_loss']:.4f}, {row['tokens_per_s']:.0f}/s"
+                    )
                 if run.progress.step % cfg.train.output.checkpoint_every == 0:
                     run.save()
             run.checkpoints.wait()
@@ -129,67 +123,6 @@ def _one_step(run: Run, step: Any, watch: Stopwatch) -> dict[str, Any]:
     return metrics_row(run.progress, report, rates, Speed(new / watch.lap(), float("nan")))
 
 
-def losses(out: Path, arms: Sequence[str]) -> dict[str, np.ndarray]:
-    """The main model's loss of every step, by arm."""
-    return {name: np.array([row["main_loss"] for row in read_rows(out / name / METRICS)]) for name in arms}
-
-
-def errors(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """(smoothed loss - smoothed loss of bf16) / smoothed loss of bf16 at every step, of each other arm."""
-    base = smooth(found[BASE], WINDOW)
-    return {name: (smooth(loss, WINDOW) - base) / base for name, loss in found.items() if name != BASE}
-
-
-def summary(found: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """By arm: mean loss over the last steps, and the relative error there: of that mean, and of running means."""
-    rows = {name: {"loss": float(loss[-LAST:].mean())} for name, loss in found.items()}
-    for name, error in errors(found).items():
-        last = error[WINDOW - LAST - 1 :]
-        rows[name] |= {
-            "mean_error": rows[name]["loss"] / rows[BASE]["loss"] - 1,
-            "mean_abs_error": float(abs(last).mean()),
-            "max_abs_error": float(abs(last).max()),
-        }
-    return rows
-
-
-def plot(path: Path, found: Mapping[str, np.ndarray], title: str) -> None:
-    """Writes a PNG: smoothed losses above, relative errors against bf16 below, with the report's bound of 0.25 %."""
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    above, below = figure.subplots(2, 1)
-    wrong = errors(found)
-    for color, (name, loss) in zip(("C0", "0.3", "C2", "C3", "C4"), found.items(), strict=False):
-        above.plot(smooth(loss, WINDOW), color=color, label=ARMS[name].label, linewidth=1.2)
-        if name in wrong:
-            below.plot(100 * wrong[name], color=color, label=ARMS[name].label, linewidth=1.2)
-    below.axhspan(-0.25, 0.25, color="0.9", zorder=0, label="0.25 %")
-    start = min(WINDOW, len(found[BASE]) - 1)
-    visible = np.concatenate([100 * error[start:] for error in wrong.values()])
-    below.set_ylim(min(-0.5, 1.1 * visible.min()), max(0.5, 1.1 * visible.max()))
-    above.set_ylabel("nats a token")
-    below.set_ylabel("relative error against bf16, %")
-    for panel in (above, below):
-        panel.set_xlabel(f"optimizer step (running mean of {WINDOW})")
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """The summary as text."""
-    lines = [f"{'arm':42}{'loss':>9}{'error':>10}{'|error|':>10}{'largest':>10}   (last {LAST} steps, against bf16)"]
-    for name, row in rows.items():
-        cells = [
-            f"{100 * row[key]:9.3f}%" if key in row else f"{'':>10}"
-            for key in ("mean_error", "mean_abs_error", "max_abs_error")
-        ]
-        lines.append(f"{ARMS[name].label:42}{row['loss']:9.4f}{''.join(cells)}")
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(
@@ -198,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", default="configs/tiny.py")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm from each")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which to train now")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))
     parser.add_argument("--json", action="store_true")
@@ -207,26 +141,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check(given.steps > 0, f"--steps {given.steps} must be at least 1.")
         cfg = load_config(given.config, given.set)
-        for name in given.arms:
-            arm = ARMS[name]
-            arm_cfg = config_of(cfg, arm, steps=given.steps, data_dir=given.out.absolute() / "data")
-            if len(read_rows(given.out / name / METRICS)) < given.steps:
-                (given.out / name).mkdir(parents=True, exist_ok=True)
-                (given.out / name / "machine.json").write_text(json.dumps(describe(arm.policy.compute_dtype)))
-                if not train_arm(arm_cfg, arm, given.out / name, steps=given.steps, say=say):
-                    say(f"{name}: stopped and saved; the same command continues.")
+        for seed in given.seeds:
+            for name in given.arms:
+                run_dir = given.out / f"seed{seed}" / name
+                if len(read_rows(run_dir / METRICS)) >= given.steps:
+                    continue
+                arm = ARMS[name]
+                arm_cfg = config_of(cfg, arm, seed=seed, steps=given.steps, data_dir=given.out.absolute() / "data")
+                run_dir.mkdir(parents=True, exist_ok=True)
+                (run_dir / "machine.json").write_text(json.dumps(describe(arm.policy.compute_dtype)))
+                if not train_arm(arm_cfg, arm, run_dir, steps=given.steps, say=say):
+                    say(f"{run_dir}: stopped and saved; the same command continues.")
                     return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = losses(given.out, list(ARMS))
-    unfinished = [name for name, loss in found.items() if len(loss) < given.steps]
-    if unfinished:
-        say(f"not compared yet: {', '.join(unfinished)} must be trained to step {given.steps}.")
+    found = read_losses(given.out, list(ARMS), steps=given.steps)
+    if not found.get(BASE):
+        say(f"nothing to compare with yet: {BASE} must be trained to step {given.steps}.")
         return 0
-    rows = summary({name: loss[: given.steps] for name, loss in found.items()})
-    plot(given.out / "loss_error.png", found, f"{cfg.name}: {given.steps} steps from one seed on one order of data")
-    print(json.dumps(rows) if given.json else table(rows))
+    rows = summary(found)
+    labels = {name: arm.label for name, arm in ARMS.items()}
+    plot(given.out / "loss_error.png", found, labels, f"{cfg.name}: {given.steps} steps from the same seeds and data")
+    print(json.dumps(rows) if given.json else table(rows, labels))
     return 0
 
 
