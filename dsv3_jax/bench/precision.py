@@ -86,8 +86,9 @@ def train_arm(cfg: RunConfig, arm: Arm, run_dir: Path, *, steps: int, say: Calla
                 check(math.isfinite(row["loss"]), f"{run_dir.name}: the loss of step {row['step']} is {row['loss']}.")
                 log.write(row)
                 if run.progress.step % 50 == 0:
+                    rate = f"{row['tokens_per_s']:.0f} tokens/s"
                     say(
-                        f"{run_dir.parent.name}/{run_dir.name}: step {row['step']}, loss {row['main_loss']:.4f}, {row['tokens_per_s']:.0f}/s"
+                        f"{run_dir.parent.name}/{run_dir.name}: step {row['step']}, loss {row['main_loss']:.4f}, {rate}"
                     )
                 if run.progress.step % cfg.train.output.checkpoint_every == 0:
                     run.save()

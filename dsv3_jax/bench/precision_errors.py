@@ -1,9 +1,9 @@
 """How far the losses of two precisions are apart.
 
 The smoothed loss of an arm at a step is its running mean over the last `WINDOW` steps, averaged over the seeds that
-both the arm and bf16 were trained from. The error at a step is its distance from bf16's smoothed loss, relative to that;
-it is judged at each of the last `LAST` steps. Seeds are averaged because training is chaotic: two runs of bf16 that
-start a millionth apart differ, for some hundred steps, by as much as is to be measured.
+both the arm and bf16 were trained from. The error at a step is its distance from bf16's smoothed loss, as a share of
+it, and is judged at each of the last `LAST` steps. Seeds are averaged because training is chaotic: two runs of bf16
+that start a millionth apart differ, for some hundred steps, by as much as is to be measured.
 """
 
 from collections.abc import Mapping, Sequence
