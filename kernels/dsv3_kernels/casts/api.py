@@ -107,10 +107,8 @@ def _forms(name: str) -> dict[str, Callable[..., QTensor]]:
 
 def _pallas(name: str, *args, **kwargs) -> QTensor:
     """Loads Pallas when it is needed: older jax lacks what the kernels use."""
-    from dsv3_kernels.casts import pallas_rounding, pallas_sm90, pallas_sm90_transpose
+    from dsv3_kernels.casts import pallas_sm90, pallas_sm90_transpose
 
-    if not pallas_rounding.CAN_STORE:
-        raise NotImplementedError(f"{name} as a kernel needs jax 0.12 or newer, this is {jax.__version__}.")
     module = pallas_sm90_transpose if name == "requantize_transposed" else pallas_sm90
     return getattr(module, name)(*args, **kwargs)
 

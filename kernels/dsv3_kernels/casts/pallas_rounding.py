@@ -9,9 +9,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_kernels.scales import E4M3_MAX, reciprocal_of, scale_of
 
-CAN_STORE = hasattr(plgpu, "store")
-"""Whether this jax has the stores that keep a layout, which came with 0.12; without them there are no kernels here."""
-
 MOSAIC = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
@@ -25,6 +22,14 @@ def round_rows(x: jax.Array, amax: jax.Array, scale: str, layout: Any) -> tuple[
 def to_e4m3(x: jax.Array) -> jax.Array:
     """Rounds float32 to the nearest E4M3; what is beyond +-448 becomes that."""
     return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+
+
+def store(ref: Any, x: jax.Array) -> None:
+    """ref[...] = x in any layout of x: jax 0.12 wants to be told that narrow stores will do, 0.11.2 does not ask."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
 
 
 def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:

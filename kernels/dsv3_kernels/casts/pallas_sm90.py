@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from dsv3_kernels.aot.case import AotCase
 from dsv3_kernels.casts import cases
-from dsv3_kernels.casts.pallas_rounding import MOSAIC, round_rows, row_layout, to_e4m3
+from dsv3_kernels.casts.pallas_rounding import MOSAIC, round_rows, row_layout, store, to_e4m3
 from dsv3_kernels.quantize import QTensor
 from dsv3_kernels.scales import reciprocal_of, scale_of
 
@@ -41,11 +41,11 @@ def cast_tokens(x: Float[Array, "*batch K"], *, scale: str, interpret: object = 
 
     def body(x_ref, values_ref, scales_ref):
         here = pl.ds(lax.axis_index("tile") * rows, rows)
-        x = plgpu.load(x_ref.at[here], layout=layout)
+        x = plgpu.load(x_ref.at[here], layout=layout, optimized=False)
         amax = jnp.max(jnp.abs(x), axis=1).astype(jnp.float32)
         values, scales = round_rows(x.astype(jnp.float32), amax, scale, layout)
-        plgpu.store(values_ref.at[here], values)
-        plgpu.store(scales_ref.at[here], scales, optimized=False)
+        store(values_ref.at[here], values)
+        store(scales_ref.at[here], scales)
 
     values, scales = _kernel(body, len(tiles), rows, interpret)(tiles)
     return QTensor(values.reshape(x.shape), scales.reshape(*batch, K // 128))
@@ -69,12 +69,13 @@ def swiglu_cast(gate_up: Float[Array, "*batch F2"], *, scale: str, interpret: ob
         first = lax.axis_index("tile") * rows
         token = first // blocks
         # Rows of this token: its gates, then its ups, so that earlier tokens count twice.
-        gate = plgpu.load(x_ref.at[pl.ds(first + token * blocks, rows)], layout=layout).astype(jnp.float32)
-        up = plgpu.load(x_ref.at[pl.ds(first + (token + 1) * blocks, rows)], layout=layout).astype(jnp.float32)
+        gates, ups = pl.ds(first + token * blocks, rows), pl.ds(first + (token + 1) * blocks, rows)
+        gate = plgpu.load(x_ref.at[gates], layout=layout, optimized=False).astype(jnp.float32)
+        up = plgpu.load(x_ref.at[ups], layout=layout, optimized=False).astype(jnp.float32)
         product = gate / (1.0 + jnp.exp(-gate)) * up
         values, scales = round_rows(product, jnp.max(jnp.abs(product), axis=1), scale, layout)
-        plgpu.store(values_ref.at[pl.ds(first, rows)], values)
-        plgpu.store(scales_ref.at[pl.ds(first, rows)], scales, optimized=False)
+        store(values_ref.at[pl.ds(first, rows)], values)
+        store(scales_ref.at[pl.ds(first, rows)], scales)
 
     values, scales = _kernel(body, len(tiles) // 2, rows, interpret)(tiles)
     return QTensor(values.reshape(*batch, F), scales.reshape(*batch, blocks))
@@ -97,7 +98,7 @@ def cast_blocks(w: Float[Array, "*batch N K"], *, scale: str, interpret: object 
         w = plgpu.load(w_ref.at[here], layout=layout)
         s = scale_of(jnp.max(jnp.abs(w)).astype(jnp.float32), scale)
         values = to_e4m3(w.astype(jnp.float32) * lax.broadcast(reciprocal_of(s), (128, 128)))
-        plgpu.store(values_ref.at[here], values)
+        store(values_ref.at[here], values)
         scales_ref[row, column] = s
 
     values, scales = plgpu.kernel(

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_kernels.aot.case import AotCase
 from dsv3_kernels.casts import cases
-from dsv3_kernels.casts.pallas_rounding import MOSAIC, round_rows, row_layout, swizzled
+from dsv3_kernels.casts.pallas_rounding import MOSAIC, round_rows, row_layout, store, swizzled
 from dsv3_kernels.quantize import QTensor
 
 TILE, HALF = 128, 64
@@ -37,18 +37,18 @@ def requantize_transposed(q: QTensor, *, scale: str, interpret: object = None) -
     def body(values_ref, scales_ref, out_ref, out_scales_ref, wide_ref, token_scales_ref, half_ref):
         k, m = lax.axis_index("k"), lax.axis_index("m")
         tokens = pl.ds(m * TILE, TILE)
-        values = plgpu.load(values_ref.at[tokens, pl.ds(k * TILE, TILE)], layout=loaded)
+        values = plgpu.load(values_ref.at[tokens, pl.ds(k * TILE, TILE)], layout=loaded, optimized=False)
         token_scales = plgpu.load(scales_ref.at[tokens, k], layout=loaded.reduce(1), optimized=False)
-        plgpu.store(wide_ref, values.astype(jnp.float16))
-        plgpu.store(token_scales_ref, token_scales, optimized=False)
+        wide_ref[...] = values.astype(jnp.float16)
+        store(token_scales_ref, token_scales)
         token_scales = plgpu.load(token_scales_ref, layout=turned.reduce(0), optimized=False)
         for half in range(2):
             channels = pl.ds(k * TILE + half * HALF, HALF)
             x = plgpu.load(wide_ref.at[:, pl.ds(half * HALF, HALF)].T, layout=turned).astype(jnp.float32)
             x = x * plgpu.layout_cast(lax.broadcast_in_dim(token_scales, x.shape, [1]), turned)
             rounded, channel_scales = round_rows(x, jnp.max(jnp.abs(x), axis=1), scale, turned)
-            plgpu.store(half_ref.at[half], rounded)
-            plgpu.store(out_scales_ref.at[channels, m], channel_scales, optimized=False)
+            half_ref[half] = rounded
+            store(out_scales_ref.at[channels, m], channel_scales)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(half_ref.at[half], out_ref.at[channels, tokens])
         plgpu.wait_smem_to_gmem(0)

@@ -15,9 +15,7 @@ from dsv3_kernels.quantize import QTensor
 if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
     pytest.skip(dispatch.why_no_pallas() or "", allow_module_level=True)
 
-from dsv3_kernels.casts import api, pallas_rounding, pallas_sm90, pallas_sm90_transpose
-
-needs_stores = pytest.mark.skipif(not pallas_rounding.CAN_STORE, reason="jax older than 0.12: no stores in a layout")
+from dsv3_kernels.casts import pallas_sm90, pallas_sm90_transpose
 
 FAST = [
     ("cast_tokens", "bfloat16", "float32"),
@@ -30,7 +28,6 @@ ALL = [(op, dtype, scale) for op in OPS for dtype in ("bfloat16", "float32") for
 SLOW = [each for each in ALL if each not in FAST]
 
 
-@needs_stores
 @pytest.mark.parametrize("which", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["one each", "the rest"])
 def test_kernels_have_the_bits_of_the_reference(which, repository):
     """Both divide with integers; exp is XLA's in the interpreter."""
@@ -62,13 +59,3 @@ def test_what_the_kernels_refuse_is_left_to_xla():
         q = QTensor(jnp.zeros((rows, columns), jnp.float8_e4m3fn), jnp.zeros((rows, -(-columns // 128))))
         with pytest.raises(NotImplementedError, match="multiple of 128"):
             pallas_sm90_transpose.requantize_transposed(q, scale="float32")
-
-
-def test_older_jax_leaves_casts_to_xla(monkeypatch):
-    """jax 0.11.2 runs the other kernels, and lacks what these store with."""
-    monkeypatch.setattr(pallas_rounding, "CAN_STORE", False)
-    monkeypatch.setattr(dispatch, "why_no_pallas", lambda: None)
-    x = jnp.ones((8, 1024))
-    with pytest.raises(NotImplementedError, match="cast_tokens as a kernel needs jax 0.12 or newer"):
-        api.cast_tokens(x, implementation="pallas")
-    assert api.cast_tokens(x).values.shape == x.shape
