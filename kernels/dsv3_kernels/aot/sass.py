@@ -16,7 +16,7 @@ _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 
 class Instruction(NamedTuple):
-    """One line of SASS; `target` is the label a branch goes to."""
+    """One line of SASS; `target` is the label a branch goes to for good."""
 
     opcode: str
     is_predicated: bool
@@ -77,7 +77,7 @@ def parse_blocks(sass: str) -> list[Block]:
             start_of[label[1]] = len(groups) - 1
         elif found := _INSTRUCTION.search(line):
             _, predicate, opcode, operands = found.groups()
-            target = _TARGET.search(operands)
+            target = None if opcode.startswith("CALL") else _TARGET.search(operands)  # a call comes back
             is_predicated = predicate is not None and predicate not in ("PT", "UPT")
             text = opcode + operands.rstrip()
             groups[-1].append(Instruction(opcode, is_predicated, target[1] if target else None, text))

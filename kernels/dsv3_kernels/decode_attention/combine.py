@@ -1,4 +1,4 @@
-"""The sum of what several parts of the GPU found for one sequence, weighted by their log-sum-exps."""
+"""The sum of what several parts of the GPU found for one sequence, weighted by their log-sum-exps: the plain form."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ def combine(
 
     Parts i = 0, 1, ... of a sequence lie in slots 2 first_part + 1, 2 (first_part + 1), 2 (first_part + 2), ...; all
     others of the 2 G slots hold anything. Weights are exp(lse - the largest lse), so nothing overflows, and a part that
-    sees no key (lse = -inf) weighs nothing. A GPU adds three or more parts in any order, so their sum may differ in its
-    last bits from run to run, unless XLA is told `--xla_gpu_exclude_nondeterministic_ops=true`.
+    sees no key (lse = -inf) weighs nothing. The kernel `pallas_combine` does the same with its additions in one order,
+    which a GPU does not keep here.
     """
     B, Z = out.shape[0], part_out.shape[0]
     slots = jnp.arange(Z, dtype=jnp.int32)

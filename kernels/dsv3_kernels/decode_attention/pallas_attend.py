@@ -42,6 +42,7 @@ from dsv3_kernels.decode_attention.pallas_bring_fp8 import fp8_pages
 from dsv3_kernels.decode_attention.pallas_layout import (
     HALF,
     LATENT,
+    NEVER,
     NUM_PIECES,
     PAGE,
     PIECE,
@@ -51,9 +52,6 @@ from dsv3_kernels.decode_attention.pallas_layout import (
     scratch_types,
     segment_of,
 )
-
-NEVER = -1e30
-"""A finite running maximum of no key: exp2(-inf - NEVER) is 0, where exp2(-inf + inf) would be NaN."""
 
 REGISTERS = {False: (232, 40), True: (208, 88)}
 """Of a thread that computes, of one that brings BF16 or (True) FP8; 504 of the 512 that three warpgroups share."""

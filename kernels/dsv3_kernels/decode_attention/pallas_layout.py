@@ -14,6 +14,8 @@ HALF = 256
 PIECE = 128
 """Columns of the latent that arrive, and are awaited, together."""
 NUM_PIECES = LATENT // PIECE
+NEVER = -1e30
+"""A finite running maximum of no key: exp(-inf - NEVER) is 0, where exp(-inf + inf) would be NaN."""
 
 
 class Scratch(NamedTuple):

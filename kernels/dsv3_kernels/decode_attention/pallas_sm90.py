@@ -1,4 +1,4 @@
-"""MLA decoding on Hopper: rows packed, work planned, the kernel run, split sequences combined."""
+"""MLA decoding on Hopper: rows packed, work planned, attention to each part, the parts of split sequences combined."""
 
 import functools
 from typing import Any
@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from dsv3_kernels.aot.case import BF16_MMA, AotCase
 from dsv3_kernels.decode_attention.cases import COMPILED_CASES, SOFTMAX_SCALE
-from dsv3_kernels.decode_attention.combine import combine
 from dsv3_kernels.decode_attention.pallas_attend import attend
+from dsv3_kernels.decode_attention.pallas_combine import combine_parts
 from dsv3_kernels.decode_attention.pallas_layout import LATENT, ROPE, ROWS
 from dsv3_kernels.decode_attention.planner import plan_splits
 
@@ -60,7 +60,7 @@ def mla_decode_pallas(
         causal=causal,
         interpret=interpret,
     )
-    out, lse = combine(*partials, plan)
+    out, lse = combine_parts(*partials, plan, interpret=interpret)
     return (
         out[:, : S * H].reshape(B, S, H, C),
         lse[:, : S * H].reshape(B, S, H).transpose(0, 2, 1),

@@ -15,7 +15,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_kernels.prefill_attention.pallas_parts import (
-    BY_COLUMN,
     BY_ROW,
     CONSUMERS,
     LANE,
@@ -28,9 +27,10 @@ from dsv3_kernels.prefill_attention.pallas_parts import (
     add_product,
     matrix_memory,
     over_columns,
-    over_rows,
     positions,
     product,
+    same_ids,
+    visit_all,
     zeros,
 )
 
@@ -131,9 +131,7 @@ def forward(
                 scores = jnp.where(rows >= positions(shape, 1, i * KV_BLOCK, interpret=interpret), scores, -jnp.inf)
                 if has_segments:
                     scores = lax.optimization_barrier(scores)  # one mask after the other, or registers run out
-                    q_ids = over_columns(plgpu.load(q_ids_s.at[wg], layout=BY_ROW), KV_BLOCK)
-                    kv_ids = over_rows(plgpu.load(kv_ids_s.at[slot], layout=BY_COLUMN), ROWS)
-                    scores = jnp.where(q_ids == kv_ids, scores, -jnp.inf)
+                    scores = jnp.where(same_ids(q_ids_s.at[wg], kv_ids_s.at[slot]), scores, -jnp.inf)
                 return scores
 
             def visit(is_masked):
@@ -172,9 +170,7 @@ def forward(
             peak = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), BY_ROW)
             total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
             carry = (zeros(ROWS, V_DIM), peak, total)
-            carry = lax.fori_loop(begin, full_begin, visit(True), carry)
-            carry = lax.fori_loop(full_begin, full_end, visit(False), carry)
-            acc, peak, total = lax.fori_loop(full_end, end, visit(True), carry)
+            acc, peak, total = visit_all(visit, begin, full_begin, full_end, end, carry)
             pl.when(wg == 0)(take_turns)
 
             sees_any = total > 0.0

@@ -56,6 +56,22 @@ def positions(shape: tuple[int, int], axis: int, first: Any, *, interpret: Any) 
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX) + first
 
 
+def same_ids(by_row: Any, by_column: Any) -> jax.Array:
+    """Where a row's id, in shared memory, is the column's."""
+    row_ids = plgpu.load(by_row, layout=BY_ROW)
+    column_ids = plgpu.load(by_column, layout=BY_COLUMN)
+    return over_columns(row_ids, column_ids.shape[0]) == over_rows(column_ids, row_ids.shape[0])
+
+
+def visit_all(
+    visit: Callable[[bool], Callable[[Any, Any], Any]], begin: Any, full_begin: Any, full_end: Any, end: Any, carry: Any
+) -> Any:
+    """The carry after blocks begin .. end - 1: steps with a mask, but from full_begin to full_end - 1 without."""
+    carry = lax.fori_loop(begin, full_begin, visit(True), carry)
+    carry = lax.fori_loop(full_begin, full_end, visit(False), carry)
+    return lax.fori_loop(full_end, end, visit(True), carry)
+
+
 def product(
     parts: Sequence[tuple[Any, Any]], shape: tuple[int, ...], meanwhile: Callable[[], None] | None = None
 ) -> jax.Array:

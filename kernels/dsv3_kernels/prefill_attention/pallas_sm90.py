@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_kernels.aot.case import BF16_MMA, AotCase
 from dsv3_kernels.prefill_attention.block_ranges import Overlaps, overlaps, visits
-from dsv3_kernels.prefill_attention.pallas_backward import key_gradients, query_gradients
 from dsv3_kernels.prefill_attention.pallas_forward import KV_BLOCK, forward
+from dsv3_kernels.prefill_attention.pallas_key_gradients import key_gradients
 from dsv3_kernels.prefill_attention.pallas_parts import LOG2E, QK_DIM, ROWS, TILE, V_DIM
+from dsv3_kernels.prefill_attention.pallas_query_gradients import query_gradients
 from dsv3_kernels.prefill_attention.xla import softmax_delta
 
 

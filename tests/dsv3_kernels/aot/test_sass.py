@@ -74,6 +74,33 @@ def test_a_backward_jump_into_the_middle_is_no_loop():
     assert sass.count(loop) == {"QGMMA": 1, "BRA": 1}
 
 
+def test_a_call_comes_back():
+    """As a division does, which is called by a name or, from further away, by a label."""
+    divided = """
+.L_x_1:
+        /*0000*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_u16) ;
+        /*0010*/                   CALL.REL.NOINC `(.L_x_3) ;
+        /*0020*/                   MOV R2, RZ ;
+.L_x_2:
+        /*0030*/                   QGMMA.64x192x32.F32.E4M3.E4M3 R24, gdesc[UR12], R24, gsb0 ;
+        /*0040*/               @P2 BRA `(.L_x_2) ;
+        /*0050*/               @P3 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+$__internal_0_$__cuda_sm20_div_u16:
+        /*0070*/                   I2F.U16 R8, R8 ;
+        /*0080*/                   RET.REL.NODEC R4 `(fp8_gemm_mosaic_gpu_kernel) ;
+.L_x_3:
+        /*0090*/                   MUFU.RCP R8, R8 ;
+        /*00a0*/                   RET.REL.NODEC R4 `(fp8_gemm_mosaic_gpu_kernel) ;
+"""
+    blocks = sass.parse_blocks(divided)
+    loop = sass.innermost_loop(blocks, "QGMMA")
+    assert loop is not None
+    assert sass.count(loop) == {"QGMMA": 1, "BRA": 1}
+    outer = max(sass.natural_loops(blocks), key=len)
+    assert sass.count([i for b in outer for i in blocks[b].instructions]) == {"CALL": 2, "MOV": 1, "QGMMA": 1, "BRA": 2}
+
+
 def test_control_codes_change_nothing():
     def with_codes(line: str) -> str:
         return line.replace("        /*", "   -:-:1:Y:04        /*", 1).replace(" ;", " ") if "/*0" in line else line

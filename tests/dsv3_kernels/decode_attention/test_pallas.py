@@ -29,14 +29,16 @@ from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
     [
         ["splits"],
         ["fp8", "stray-pages-fp8"],
+        ["combine-one-sequence", "combine-none-split", "combine-some-empty", "combine-no-work"],
         pytest.param(["stray-pages", "one-sequence", "all-empty"], marks=pytest.mark.slow),
         pytest.param(["two-row-blocks", "not-causal"], marks=pytest.mark.slow),
         pytest.param(["--races", "splits"], marks=pytest.mark.slow),
         pytest.param(["--races", "fp8"], marks=pytest.mark.slow),
+        pytest.param(["--races", "combine-some-empty", "combine-all-split"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
-def test_kernel_is_within_flashmlas_tolerances(arguments, repository):
+def test_kernels_are_within_their_tolerances(arguments, repository):
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("interpreted.py")), *arguments],
         env=os.environ | {"PYTHONPATH": str(repository / "kernels")},
@@ -94,6 +96,25 @@ def test_part_that_sees_no_key_weighs_nothing():
     ours = combine(out, lse, part_out, jnp.full((4, 1), -jnp.inf), plan)
     assert ours[0].ravel().tolist() == [0.0] * 2
     assert np.isposinf(ours[1]).all()
+
+
+@pytest.mark.parametrize("mapping", ["shard_map", "vmap"])
+def test_both_kernels_lower_under_mappings(mapping):
+    """Outputs of the first are references of the second, which transformations of jax may refuse."""
+    shapes = DecodeCase(4, 1, 16, 256).shapes()
+
+    def decode(*inputs):
+        return mla_decode_pallas(*inputs, softmax_scale=0.1)
+
+    if mapping == "vmap":
+        mapped, shapes = jax.vmap(decode), [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes]
+    else:
+        types = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((2,), ("data",), axis_types=types, devices=jax.devices()[:2])
+        data, everywhere = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+        mapped = jax.shard_map(decode, mesh=mesh, in_specs=(data, data, everywhere, data, data), out_specs=data)
+    text = jax.jit(mapped).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
 
 
 @pytest.mark.parametrize("what", ["widths", "float32", "scale"])

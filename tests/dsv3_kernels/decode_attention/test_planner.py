@@ -52,6 +52,10 @@ def check(lengths, num_parts: int, overhead: int = 2) -> None:
             assert p.parts[part, 4] == part - p.first_part[own[0][0]]
         else:
             assert p.parts[part, 4] == 0
+    # A split sequence is the last of the part it begins in, and thus of one part alone: the combining kernel's grid.
+    last = np.maximum(p.parts[:, 2], 0)
+    combined = last[(p.first_part[last] == np.arange(num_parts)) & (p.num_splits[last] > 1)]
+    assert sorted(combined.tolist()) == np.flatnonzero(p.num_splits > 1).tolist()
     load = [sum(end - begin + overhead for _, begin, end in own) for own in by_part]
     share = (blocks.sum() + overhead * len(blocks)) / num_parts
     assert max(load) <= share + overhead + 1
