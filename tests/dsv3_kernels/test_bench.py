@@ -95,6 +95,16 @@ def test_the_page_has_a_table_an_op():
     assert len({line.count("|") for line in tables}) == 1
 
 
+def test_a_note_of_several_rows_is_written_once():
+    (row,) = bench.run_cases([case_of()], timer, has_time=always)
+    rows = [row._replace(notes=notes) for notes in (("rare", "torch flex: no"), (), ("torch flex: no",))]
+    page = markdown(MACHINE, CEILINGS, rows)
+    assert "| rare; (1) |" in page
+    assert "| (1) |" in page
+    assert page.count("torch flex: no") == 1
+    assert page.endswith("|\n\n- (1) torch flex: no\n")
+
+
 def test_torchs_fastest_way_is_named_beside_its_ratio():
     (row,) = bench.run_cases([case_of()], timer, has_time=always)
     others = {**row.others, "torch": 25e-6, "torch fast": None}

@@ -1,5 +1,6 @@
 """The measured rows as a table for a reader and as data: rates, shares of the ceilings, ratios to the others."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -83,6 +84,7 @@ def _table(op: str, rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
     others = list(dict.fromkeys(name for row in rows for name in row.others))
     head = ["case", "µs", "TFLOPS", "GB/s", "of ceiling", "published", *(f"× {name}" for name in others), "note"]
     lines = [f"## {op}", "", _line(head), _line(["---", *["---:"] * (len(head) - 2), "---"])]
+    marks = _marks(rows)
     for row in rows:
         case = row.case
         cells = [case.name, "not measured", "", "", ""]
@@ -96,8 +98,15 @@ def _table(op: str, rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
                 f"{share:.0%} {bound[0]}",
             ]
         compared = [_compared(row, name) for name in others]
-        lines.append(_line([*cells, _published(case), *compared, "; ".join(row.notes)]))
-    return lines
+        notes = "; ".join(marks.get(note, note) for note in row.notes)
+        lines.append(_line([*cells, _published(case), *compared, notes]))
+    return lines + ([""] if marks else []) + [f"- {mark} {note}" for note, mark in marks.items()]
+
+
+def _marks(rows: Sequence[Row]) -> dict[str, str]:
+    """(1), (2) ... for notes that several rows share; they are written once, below the table."""
+    counts = Counter(note for row in rows for note in row.notes)
+    return {note: f"({number})" for number, note in enumerate((n for n in counts if counts[n] > 1), start=1)}
 
 
 def _compared(row: Row, name: str) -> str:

@@ -162,13 +162,16 @@ def _inputs(torch: Any, problem: TorchDecode, device: str, groups: int) -> list[
 
 
 def _error(torch: Any, problem: TorchDecode, groups: list[Group], results: list[Any]) -> float:
-    """The largest of each group's shortest and longest sequence; a result is [b, S, H, W]."""
+    """The largest of each group's shortest, longest and last sequence (its keys may lie behind 2^31 numbers).
+
+    A result is [b, S, H, W].
+    """
     errors = []
     for group, result in zip(groups, results, strict=True):
         order = sorted(range(len(group.lengths)), key=group.lengths.__getitem__)
         errors += [
             relative_error(result[b], _plain(torch, problem, group.q[b], group.k[b], group.is_visible[b]))
-            for b in {order[0], order[-1]}
+            for b in {order[0], order[-1], len(order) - 1}
         ]
     return max(errors)
 
