@@ -1,6 +1,6 @@
 """Speed of every kernel on this GPU, beside XLA, cuBLASLt and torch in the same run.
 
-    python -m dsv3_kernels.bench                      all ops, at most six minutes; writes kernels/results/
+    python -m dsv3_kernels.bench                      all ops, at most seven minutes; writes kernels/results/
     python -m dsv3_kernels.bench fp8_gemm --quick     one op, few rows
     python -m dsv3_kernels.bench --json speed.json    the data into one more file
 
@@ -10,7 +10,6 @@ ops (`gpu/case.py`).
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +23,12 @@ from dsv3_kernels.gpu.case import BenchCase, bench_cases
 from dsv3_kernels.gpu.ceilings import measure_ceilings
 from dsv3_kernels.gpu.report import Row, as_data, markdown
 from dsv3_kernels.gpu.timing import num_input_sets, seconds_per_launch, usable_clock
+from dsv3_kernels.gpu.torch_ask import run_peer, with_torch
 
 EXIT_USER_ERROR = 2
 SAMPLES, QUICK_SAMPLES = 7, 3
+TORCH_SECONDS = 120
+"""For torch, and what our rows left of theirs."""
 
 # Launches one after the other on one stream: inside a command buffer XLA may let independent ones overlap. Products by
 # the vendor's library: XLA's search among Triton's takes seconds a shape, and loses at these sizes.
@@ -59,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     about = machine.describe() | {"clock": clock + (f" ({obstacle})" if obstacle else "")}
     ceilings = measure_ceilings(lambda function, sets: timer(function, sets)[0])
     rows = run_cases(cases, timer, has_time=lambda: time.monotonic() - started < given.seconds)
-    rows, about["torch"] = with_torch(rows, lambda request: _ask_torch(given.torch, request), clock)
+    left = max(0.0, given.seconds - (time.monotonic() - started))
+    rows, about["torch"] = with_torch(rows, lambda request: run_peer(given.torch, request, left + TORCH_SECONDS), clock)
     page = markdown(about, ceilings, rows)
     print(page)
     data = {
@@ -100,24 +103,6 @@ def run_cases(cases: Sequence[BenchCase], timer: Timer, *, has_time: Callable[[]
     return rows
 
 
-def with_torch(
-    rows: Sequence[Row], ask: Callable[[dict[str, Any]], dict[str, Any]], clock: str
-) -> tuple[list[Row], str]:
-    """The rows with torch's seconds among the others, and its version or why there is none."""
-    shapes = {index: row.case.torch_gemm for index, row in enumerate(rows) if row.case.torch_gemm and row.others}
-    if not shapes:
-        return list(rows), "no row that it computes"
-    request = [[*shape, num_input_sets(rows[index].case.num_bytes)] for index, shape in shapes.items()]
-    answer = ask({"clock": clock, "shapes": request})
-    if "missing" in answer:
-        return list(rows), answer["missing"]
-    result = list(rows)
-    for position, index in enumerate(shapes):
-        added = {name: seconds[position] for name, seconds in answer["seconds"].items()}
-        result[index] = rows[index]._replace(others={**rows[index].others, **added})
-    return result, answer["version"]
-
-
 def _tried(
     name: str, function: Callable[[Any], Any], timer: Timer, sets: Sequence[Any]
 ) -> tuple[tuple[float, float, float] | None, tuple[str, ...]]:
@@ -128,19 +113,6 @@ def _tried(
         return None, (f"{name}: {error}",)
     except jax.errors.JaxRuntimeError as error:
         return None, (f"{name} failed: {str(error).splitlines()[0]}",)
-
-
-def _ask_torch(python: str, request: dict[str, Any]) -> dict[str, Any]:
-    script = machine.PACKAGE / "gpu" / "torch_peer.py"
-    try:
-        done = subprocess.run(
-            [python, str(script)], input=json.dumps(request), capture_output=True, text=True, check=False, timeout=90
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"missing": f"torch was not measured ({type(error).__name__})"}
-    if done.returncode:
-        return {"missing": f"torch was not measured ({done.stderr.strip().splitlines()[-1]})"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

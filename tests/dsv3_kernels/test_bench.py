@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_kernels import bench
-from dsv3_kernels.gpu import machine, torch_peer
+from dsv3_kernels.gpu import machine
 from dsv3_kernels.gpu.case import BenchCase, Published, bench_cases
 from dsv3_kernels.gpu.ceilings import Ceilings, measure_ceilings
 from dsv3_kernels.gpu.report import as_data, markdown
 from dsv3_kernels.gpu.timing import WALL_CLOCK, num_input_sets, seconds_per_launch, split_launches, usable_clock
+from dsv3_kernels.gpu.torch_peer.problems import TorchGemm
 
 CEILINGS = Ceilings(copy_bytes=2.5e12, bf16_flops=600e12, fp8_flops=1200e12)
 MACHINE = {"device": "Some GPU", "jax": "1.2.3"}
@@ -36,7 +37,7 @@ def failing(x):
 def case_of(**changes) -> BenchCase:
     case = BenchCase(
         "op", "m64", lambda key: jax.random.normal(key, (4,)), kernel, {"XLA bf16": peer},
-        flops=1.2e9, num_bytes=25e6, published=Published("elsewhere", 100, 2000), torch_gemm=(64, 2112, 7168),
+        flops=1.2e9, num_bytes=25e6, published=Published("elsewhere", 100, 2000), torch=TorchGemm(64, 2112, 7168),
     )  # fmt: skip
     return case._replace(**changes)
 
@@ -94,28 +95,29 @@ def test_the_page_has_a_table_an_op():
     assert len({line.count("|") for line in tables}) == 1
 
 
-def test_torch_stands_beside_the_rows_it_computes():
-    rows = bench.run_cases([case_of(torch_gemm=None), case_of()], timer, has_time=always)
-    asked = []
-
-    def ask(request):
-        asked.append(request)
-        return {"version": "9.9", "seconds": {"torch": [25e-6], "torch fast": [None]}}
-
-    with_torch, version = bench.with_torch(rows, ask, "clock")
-    assert asked == [{"clock": "clock", "shapes": [[64, 2112, 7168, num_input_sets(25e6)]]}]
-    assert version == "9.9"
-    assert with_torch[0] == rows[0]
-    assert with_torch[1].ratios == {"XLA bf16": 1.5, "torch": 1.25}
-    same, reason = bench.with_torch(rows, lambda request: {"missing": "torch not installed"}, "clock")
-    assert (same, reason) == (rows, "torch not installed")
+def test_a_note_of_several_rows_is_written_once():
+    (row,) = bench.run_cases([case_of()], timer, has_time=always)
+    rows = [row._replace(notes=notes) for notes in (("rare", "torch flex: no"), (), ("torch flex: no",))]
+    page = markdown(MACHINE, CEILINGS, rows)
+    assert "| rare; (1) |" in page
+    assert "| (1) |" in page
+    assert page.count("torch flex: no") == 1
+    assert page.endswith("|\n\n- (1) torch flex: no\n")
 
 
-def test_the_torch_program_answers_where_there_is_no_torch(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin.read", lambda: '{"clock": "", "shapes": []}', raising=False)
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    torch_peer.main()
-    assert json.loads(capsys.readouterr().out) == {"missing": "torch not installed"}
+def test_torchs_fastest_way_is_named_beside_its_ratio():
+    (row,) = bench.run_cases([case_of()], timer, has_time=always)
+    others = {**row.others, "torch": 25e-6, "torch fast": None}
+    row = row._replace(others=others, ways={"torch": {"flex": 50e-6, "sdpa cudnn": 25e-6}})
+    assert row.ratios == {"XLA bf16": 1.5, "torch": 1.25}
+    data = as_data(row, CEILINGS)
+    assert data["other_us"] == {"XLA bf16": 30.0, "torch": 25.0, "torch fast": None}
+    assert data["fastest_way"] == {"torch": "sdpa cudnn"}
+    assert data["way_us"] == {"torch": {"flex": 50.0, "sdpa cudnn": 25.0}}
+    json.dumps(data)
+    page = markdown(MACHINE, CEILINGS, [row, row._replace(kernel=None)])
+    assert "| 1.50 | 1.25 (sdpa cudnn) |  |" in page
+    assert "| (30.0 µs) | (25.0 µs, sdpa cudnn) |  |" in page
 
 
 def test_input_sets_outlast_the_cache():
@@ -143,9 +145,11 @@ def test_the_wall_clock_serves_anywhere():
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
 def test_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     assert usable_clock()[0] == WALL_CLOCK
-    assert bench.main(["--quick"]) == 0
-    assert "No GPU here" in capsys.readouterr().out
+    for arguments in (["--quick"], ["mla_decode"], ["mla_prefill"]):
+        assert bench.main(arguments) == 0
+        assert "No GPU here" in capsys.readouterr().out
     assert bench.main(["fp9_gemm"]) == 2
     assert "['fp9_gemm'] have no cases; known are" in capsys.readouterr().err
 

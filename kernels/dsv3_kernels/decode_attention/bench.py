@@ -1,4 +1,4 @@
-"""What `mla_decode` is compared with on a GPU: float32 within FlashMLA's tolerances, XLA's speed, published rates."""
+"""What `mla_decode` is compared with on a GPU: float32 within FlashMLA's tolerances, XLA's and torch's speed."""
 
 import functools
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from dsv3_kernels.decode_attention.cases import (
 )
 from dsv3_kernels.decode_attention.reference import mla_decode_reference, to_floats
 from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison, Published, diff
+from dsv3_kernels.gpu.torch_peer.problems import TorchDecode
 from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows
 
 Inputs = tuple[Array, Array, Array, Array, Array]
@@ -50,6 +51,7 @@ def bench_cases() -> list[BenchCase]:
             flops=float(case.flops(case.lengths())),
             num_bytes=float(case.bytes_moved(case.lengths())),
             published=_published(case),
+            torch=_torch(case),
             is_quick=case in SPEED_CASES[:1],
             is_bf16=True,
         )
@@ -123,6 +125,20 @@ def _published(case: DecodeCase) -> Published | None:
     if case.is_fp8:
         return None
     return COMPUTE_BOUND if case.num_queries * case.num_heads >= BOUND_BY_PRODUCTS else MEMORY_BOUND
+
+
+def _torch(case: DecodeCase) -> TorchDecode | None:
+    """Of a BF16 cache: torch attends to no FP8 rows."""
+    if case.is_fp8:
+        return None
+    return TorchDecode(
+        num_queries=case.num_queries,
+        num_heads=case.num_heads,
+        lengths=tuple(case.lengths().tolist()),
+        latent_dim=LATENT_DIM,
+        rope_dim=ROPE_DIM,
+        softmax_scale=SOFTMAX_SCALE,
+    )
 
 
 def _run(case: DecodeCase, inputs: Inputs, implementation: str) -> tuple[Array, Array]:

@@ -22,6 +22,7 @@ from dsv3_kernels.gemm.cases import (
 )
 from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison, Published, different_bits, fp8_comparisons
 from dsv3_kernels.gpu.ceilings import bf16_product, fp8_product
+from dsv3_kernels.gpu.torch_peer.problems import TorchGemm
 from dsv3_kernels.quantize import quantize_tiles
 
 SOURCE = "DeepGEMM, H800"
@@ -84,7 +85,7 @@ def _bench(case: GemmCase) -> BenchCase:
         flops=2.0 * case.m * case.n * case.k,
         num_bytes=num_bytes(case),
         published=Published(SOURCE, *published) if published else None,
-        torch_gemm=(case.m, case.n, case.k) if case.role == FORWARD else None,
+        torch=TorchGemm(case.m, case.n, case.k) if case.role == FORWARD else None,
         is_quick=case in HEADLINE and case.n in (4096, 2112),
     )
 

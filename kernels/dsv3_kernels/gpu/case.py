@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import dsv3_kernels
+from dsv3_kernels.gpu.torch_peer.problems import TorchProblem
 from dsv3_kernels.quantize import QTensor
 
 
@@ -44,8 +45,8 @@ class BenchCase(NamedTuple):
     num_bytes: float
     """What must be read and written at least once."""
     published: Published | None = None
-    torch_gemm: tuple[int, int, int] | None = None
-    """M, N, K, if torch's scaled matmul computes it in one call."""
+    torch: TorchProblem | None = None
+    """The same as a problem for torch, if it computes it."""
     is_quick: bool = False
     """Whether `--quick` keeps it."""
     is_bf16: bool = False

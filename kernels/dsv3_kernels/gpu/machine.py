@@ -14,7 +14,11 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def prepare(xla_flags: str) -> None:
-    """Adds flags for XLA; to be called before the first array exists."""
+    """Adds flags for XLA; to be called before the first array exists.
+
+    Memory is taken as it is needed, not three quarters at once: a process beside ours, torch's, wants some, too.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
 
 

@@ -1,6 +1,8 @@
 """The measured rows as a table for a reader and as data: rates, shares of the ceilings, ratios to the others."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dsv3_kernels.gpu.case import BenchCase
@@ -16,6 +18,8 @@ class Row(NamedTuple):
     notes: tuple[str, ...] = ()
     spread: tuple[float, float] | None = None
     """Fastest and slowest launch of the kernel."""
+    ways: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+    """Of another way that was the fastest of several, by its name: seconds of each."""
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -23,6 +27,11 @@ class Row(NamedTuple):
         if self.kernel is None:
             return {}
         return {name: seconds / self.kernel for name, seconds in self.others.items() if seconds is not None}
+
+    @property
+    def fastest(self) -> dict[str, str]:
+        """Which of several ways it was."""
+        return {name: min(ways, key=ways.__getitem__) for name, ways in self.ways.items()}
 
 
 def as_data(row: Row, ceilings: Ceilings) -> dict[str, Any]:
@@ -36,6 +45,8 @@ def as_data(row: Row, ceilings: Ceilings) -> dict[str, Any]:
         "kernel_us": _microseconds(row.kernel),
         "other_us": {name: _microseconds(seconds) for name, seconds in row.others.items()},
         "times_faster": {name: round(ratio, 3) for name, ratio in row.ratios.items()},
+        "fastest_way": row.fastest,
+        "way_us": {name: {way: _microseconds(ways[way]) for way in ways} for name, ways in row.ways.items()},
         "published": case.published._asdict() if case.published else None,
         "notes": list(row.notes),
     }
@@ -62,7 +73,7 @@ def markdown(machine: Mapping[str, Any], ceilings: Ceilings, rows: Sequence[Row]
         "",
         "`of ceiling`: time that the bytes need at the copy rate or the products at the FP8 rate (bf16 products: at "
         "theirs), whichever is longer (m, c), by the time taken. `×`: how many times as long the other way takes; "
-        "above 1 the kernel is faster.",
+        "above 1 the kernel is faster. In brackets which of torch's ways it is, the fastest of those tried.",
     ]
     for op in dict.fromkeys(row.case.op for row in rows):
         lines += ["", *_table(op, [row for row in rows if row.case.op == op], ceilings)]
@@ -73,8 +84,9 @@ def _table(op: str, rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
     others = list(dict.fromkeys(name for row in rows for name in row.others))
     head = ["case", "µs", "TFLOPS", "GB/s", "of ceiling", "published", *(f"× {name}" for name in others), "note"]
     lines = [f"## {op}", "", _line(head), _line(["---", *["---:"] * (len(head) - 2), "---"])]
+    marks = _marks(rows)
     for row in rows:
-        case, ratios = row.case, row.ratios
+        case = row.case
         cells = [case.name, "not measured", "", "", ""]
         if row.kernel is not None:
             share, bound = ceilings.share(row.kernel, case.flops, case.num_bytes, is_bf16=case.is_bf16)
@@ -85,14 +97,27 @@ def _table(op: str, rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
                 f"{case.num_bytes / row.kernel / 1e9:.0f}",
                 f"{share:.0%} {bound[0]}",
             ]
-        compared = [f"{ratios[name]:.2f}" if name in ratios else _alone(row.others.get(name)) for name in others]
-        lines.append(_line([*cells, _published(case), *compared, "; ".join(row.notes)]))
-    return lines
+        compared = [_compared(row, name) for name in others]
+        notes = "; ".join(marks.get(note, note) for note in row.notes)
+        lines.append(_line([*cells, _published(case), *compared, notes]))
+    return lines + ([""] if marks else []) + [f"- {mark} {note}" for note, mark in marks.items()]
 
 
-def _alone(seconds: float | None) -> str:
-    """The cell of another way where the kernel has no time to compare with."""
-    return "" if seconds is None else f"({seconds * 1e6:.1f} µs)"
+def _marks(rows: Sequence[Row]) -> dict[str, str]:
+    """(1), (2) ... for notes that several rows share; they are written once, below the table."""
+    counts = Counter(note for row in rows for note in row.notes)
+    return {note: f"({number})" for number, note in enumerate((n for n in counts if counts[n] > 1), start=1)}
+
+
+def _compared(row: Row, name: str) -> str:
+    """The cell of another way: its ratio, or its time where the kernel has none to compare with."""
+    seconds = row.others.get(name)
+    if seconds is None:
+        return ""
+    way = row.fastest.get(name)
+    if name in row.ratios:
+        return f"{row.ratios[name]:.2f}" + (f" ({way})" if way else "")
+    return f"({seconds * 1e6:.1f} µs" + (f", {way})" if way else ")")
 
 
 def _published(case: BenchCase) -> str:

@@ -1,4 +1,4 @@
-"""What prefill attention is compared with on a GPU: XLA's speed, and float32."""
+"""What prefill attention is compared with on a GPU: XLA's and torch's speed, and float32."""
 
 import functools
 from typing import Any
@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from dsv3_kernels import dispatch
 from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison
+from dsv3_kernels.gpu.torch_peer.problems import TorchPrefill
 from dsv3_kernels.prefill_attention import api, xla
 from dsv3_kernels.prefill_attention.cases import CASES, UGLY, Case, num_operations
 
@@ -38,6 +39,7 @@ def bench_cases() -> list[BenchCase]:
                     others={"XLA": functools.partial(run, case, implementation="xla")},
                     flops=float(num_operations(case, backward=is_backward)),
                     num_bytes=float(num_bytes(case, backward=is_backward)),
+                    torch=_torch(case, is_backward=is_backward),
                     is_quick=case is CASES[0],
                     is_bf16=True,
                 )
@@ -99,6 +101,11 @@ def num_bytes(case: Case, *, backward: bool = False) -> int:
     qkv = 2 * (of_queries * case.qk_dim + of_keys * (case.qk_dim + case.v_dim))
     out, lse = 2 * of_queries * case.v_dim, 4 * of_queries
     return 2 * qkv + 2 * out + lse if backward else qkv + out + lse
+
+
+def _torch(case: Case, *, is_backward: bool) -> TorchPrefill:
+    shape = {name: getattr(case, name) for name in ("B", "T", "S", "H", "qk_dim", "v_dim", "num_documents")}
+    return TorchPrefill(**shape, softmax_scale=case.qk_dim**-0.5, is_backward=is_backward)
 
 
 def _forward(case: Case, inputs: dict[str, Any], implementation: str) -> tuple[Array, Array]:

@@ -68,3 +68,16 @@ def test_rows_hold_flashmlas_counts():
     assert row.is_bf16
     assert rows["b128-s1-h16-k32768"].published.gbps == 3000
     assert rows["b128-s1-h128-k4096-fp8"].num_bytes < row.num_bytes
+
+
+def test_torch_gets_every_bf16_row_with_the_lengths_of_its_kernel():
+    rows = bench_cases()
+    assert [row.name for row in rows if row.torch is None] == [row.name for row in rows if row.name.endswith("-fp8")]
+    by_name = {row.name: row.torch for row in rows}
+    for S in (1, 2):
+        for length in (4096, 8192, 16384, 32768):
+            assert by_name[f"b128-s{S}-h128-k{length}"].lengths == (length,) * 128
+            problem = by_name[f"b128-s{S}-h128-k{length}-var"]
+            assert problem.num_queries == S
+            assert len(set(problem.lengths)) > 100
+            assert list(problem.lengths) == DecodeCase(128, S, 128, length, is_varlen=True).lengths().tolist()

@@ -37,3 +37,13 @@ def test_rows_are_judged_by_the_bf16_rate() -> None:
     assert len(rows) == 2 * len(bench.CASES)
     assert all(row.is_bf16 and row.flops > 0 and row.num_bytes > 0 for row in rows)
     assert rows[1].flops / rows[0].flops == (3 * 192 + 2 * 128) / (192 + 128)
+
+
+def test_torch_computes_every_row() -> None:
+    """The same shapes, forward and backward apart."""
+    for row in bench.bench_cases():
+        (case,) = (case for case in bench.CASES if row.name.startswith(f"{case.name} "))
+        assert row.torch is not None
+        assert row.torch.is_backward == row.name.endswith("backward")
+        assert row.torch[:6] == (case.B, case.T, case.S, case.H, case.qk_dim, case.v_dim)
+        assert (row.torch.num_documents > 0) == ("packed" in row.name)
