@@ -14,6 +14,8 @@ HALF = 256
 PIECE = 128
 """Columns of the latent that arrive, and are awaited, together."""
 NUM_PIECES = LATENT // PIECE
+MATES = "mates"
+"""The axis of the two thread blocks of a cluster, where pages are multicast."""
 
 
 class Scratch(NamedTuple):
@@ -46,12 +48,16 @@ class Scratch(NamedTuple):
         return self.q[1]
 
 
-def scratch_types() -> list[Any]:
+def scratch_types(*, multicast: bool) -> list[Any]:
     """What `Scratch` is made of, in its order."""
     bf16, f32 = (
         (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
         for columns in (64, 32)
     )
+    if multicast:
+        empty = plgpu.ClusterBarrier(collective_axes=(MATES,), num_arrivals=1, num_barriers=(2, 2))
+    else:
+        empty = plgpu.Barrier(num_arrivals=1, num_barriers=(2, 2))
     return [
         plgpu.RefUnion(
             plgpu.SMEM((NUM_PIECES, ROWS, PIECE), jnp.bfloat16, transforms=bf16),
@@ -66,7 +72,7 @@ def scratch_types() -> list[Any]:
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=1, num_barriers=(2, NUM_PIECES + 1)),
         plgpu.Barrier(num_arrivals=1, num_barriers=(2, NUM_PIECES + 1)),
-        plgpu.Barrier(num_arrivals=1, num_barriers=(2, 2)),
+        empty,
         plgpu.Barrier(num_arrivals=1),
         plgpu.Barrier(num_arrivals=1),
         plgpu.Barrier(num_arrivals=1),
