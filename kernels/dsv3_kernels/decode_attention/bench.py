@@ -35,28 +35,45 @@ MEMORY_BOUND = Published("FlashMLA, H800, its best of memory-bound shapes", gbps
 BOUND_BY_PRODUCTS = 128
 """Query rows a key from which FlashMLA's authors call it compute-bound."""
 
+WITHOUT_MULTICAST = (DecodeCase(128, 1, 128, 4096), DecodeCase(128, 1, 128, 32768))
+"""Shapes at which the worth of sharing copies is told."""
+
 MAX_DRAWN_PAGES = 8192
 """Pages of random numbers; a larger pool repeats them at other addresses, which no cache can tell."""
 
 
 def bench_cases() -> list[BenchCase]:
-    """FlashMLA's benchmark; flops are counted without regard to the mask, as it does."""
-    return [
-        BenchCase(
-            op="mla_decode",
-            name=case.name,
-            make_inputs=functools.partial(make_inputs, case),
-            kernel=functools.partial(_run, case, implementation="pallas"),
-            others={"XLA": functools.partial(_run, case, implementation="xla")},
-            flops=float(case.flops(case.lengths())),
-            num_bytes=float(case.bytes_moved(case.lengths())),
-            published=_published(case),
-            torch=_torch(case),
-            is_quick=case in SPEED_CASES[:1],
-            is_bf16=True,
+    """FlashMLA's benchmark; flops are counted without regard to the mask, as it does; then a few rows without multicast."""
+    rows = [_bench_case(case) for case in SPEED_CASES]
+    alone = [
+        row._replace(
+            name=f"{row.name} without multicast",
+            kernel=functools.partial(_run_alone, case),
+            others={},
+            published=None,
+            torch=None,
+            is_quick=False,
         )
-        for case in SPEED_CASES
+        for row, case in zip(rows, SPEED_CASES)
+        if case in WITHOUT_MULTICAST
     ]
+    return rows + alone
+
+
+def _bench_case(case: DecodeCase) -> BenchCase:
+    return BenchCase(
+        op="mla_decode",
+        name=case.name,
+        make_inputs=functools.partial(make_inputs, case),
+        kernel=functools.partial(_run, case, implementation="pallas"),
+        others={"XLA": functools.partial(_run, case, implementation="xla")},
+        flops=float(case.flops(case.lengths())),
+        num_bytes=float(case.bytes_moved(case.lengths())),
+        published=_published(case),
+        torch=_torch(case),
+        is_quick=case in SPEED_CASES[:1],
+        is_bf16=True,
+    )
 
 
 def check_cases() -> list[CheckCase]:
@@ -143,6 +160,13 @@ def _torch(case: DecodeCase) -> TorchDecode | None:
 
 def _run(case: DecodeCase, inputs: Inputs, implementation: str) -> tuple[Array, Array]:
     return mla_decode(*inputs, softmax_scale=SOFTMAX_SCALE, causal=case.causal, implementation=implementation)
+
+
+def _run_alone(case: DecodeCase, inputs: Inputs) -> tuple[Array, Array]:
+    """The kernel with no copy shared; imported when first used, as in `api`."""
+    from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
+
+    return mla_decode_pallas(*inputs, softmax_scale=SOFTMAX_SCALE, causal=case.causal, multicast=False)
 
 
 def _in_float32(case: DecodeCase, inputs: Inputs) -> tuple[Array, Array]:

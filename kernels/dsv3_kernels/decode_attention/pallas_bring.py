@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_kernels.decode_attention.pallas_layout import LATENT, NUM_PIECES, PAGE, PIECE, ROPE, Scratch, Segment
+from dsv3_kernels.decode_attention.pallas_layout import LATENT, MATES, NUM_PIECES, PAGE, PIECE, ROPE, Scratch, Segment
 
 STEPS = ((0, 0), (1, 1), (1, 0), (0, 1))
 """(slot, half) in the order in which the consumers set them free."""
@@ -57,8 +57,13 @@ def bring(ql, qr, s: Scratch, bring_pair: BringPair, *, rows, segment, num_segme
         plgpu.barrier_wait(s.q_free)
 
 
-def bf16_pages(kv, table, s: Scratch) -> BringPair:
-    """Pages of [64, 576] BF16: a whole one is copied as it is."""
+def bf16_pages(kv, table, s: Scratch, *, multicast: bool) -> BringPair:
+    """Pages of [64, 576] BF16: a whole one is copied as it is; with multicast, half by each block for both.
+
+    Bytes of the other block may come before this block's own copy has arrived at the same phase of `full` or `landed`:
+    the phase cannot end before that, and has begun, for the other block has waited for `empty` of both.
+    """
+    axes = MATES if multicast else None
 
     def bring_pair(seg: Segment, i, is_first) -> None:
         pages = pages_of(table, kv.shape[0], seg, i)
@@ -69,11 +74,11 @@ def bf16_pages(kv, table, s: Scratch) -> BringPair:
 
             @pl.when(num_tokens[slot] == PAGE)
             def _(slot=slot, pieces=pieces):
-                _copy(kv.at[pages[slot]], slot, pieces, s.full, s)
+                _copy(kv.at[pages[slot]], slot, pieces, s.full, s, axes)
 
             @pl.when((num_tokens[slot] > 0) & (num_tokens[slot] < PAGE))
             def _(slot=slot, pieces=pieces):
-                _copy(kv.at[pages[slot]], slot, pieces, s.landed, s)
+                _copy(kv.at[pages[slot]], slot, pieces, s.landed, s, axes)
 
         for slot in range(2):
 
@@ -114,12 +119,12 @@ def await_empty(s: Scratch, slot: int, half: int, is_first) -> None:
         plgpu.barrier_wait(s.empty.at[slot, half])
 
 
-def _copy(page, slot: int, pieces, barriers, s: Scratch) -> None:
+def _copy(page, slot: int, pieces, barriers, s: Scratch, axes: str | None) -> None:
     for piece in pieces:
         is_rope = piece == NUM_PIECES
         target = s.k_rope.at[slot] if is_rope else s.kv.at[slot, piece]
         columns = pl.ds(LATENT, ROPE) if is_rope else pl.ds(piece * PIECE, PIECE)
-        plgpu.copy_gmem_to_smem(page.at[:, columns], target, barriers.at[slot, piece])
+        plgpu.copy_gmem_to_smem(page.at[:, columns], target, barriers.at[slot, piece], collective_axes=axes)
 
 
 def clear_rest(slot: int, piece: int, num_tokens, s: Scratch) -> None:

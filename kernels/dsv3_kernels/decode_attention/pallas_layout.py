@@ -16,6 +16,8 @@ PIECE = 128
 NUM_PIECES = LATENT // PIECE
 NEVER = -1e30
 """A finite running maximum of no key: exp(-inf - NEVER) is 0, where exp(-inf + inf) would be NaN."""
+MATES = "mates"
+"""The axis of the two thread blocks of a cluster, where pages are multicast."""
 
 
 class Scratch(NamedTuple):
@@ -48,12 +50,16 @@ class Scratch(NamedTuple):
         return self.q[1]
 
 
-def scratch_types() -> list[Any]:
+def scratch_types(*, multicast: bool) -> list[Any]:
     """What `Scratch` is made of, in its order."""
     bf16, f32 = (
         (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
         for columns in (64, 32)
     )
+    if multicast:
+        empty = plgpu.ClusterBarrier(collective_axes=(MATES,), num_arrivals=1, num_barriers=(2, 2))
+    else:
+        empty = plgpu.Barrier(num_arrivals=1, num_barriers=(2, 2))
     return [
         plgpu.RefUnion(
             plgpu.SMEM((NUM_PIECES, ROWS, PIECE), jnp.bfloat16, transforms=bf16),
@@ -68,7 +74,7 @@ def scratch_types() -> list[Any]:
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=1, num_barriers=(2, NUM_PIECES + 1)),
         plgpu.Barrier(num_arrivals=1, num_barriers=(2, NUM_PIECES + 1)),
-        plgpu.Barrier(num_arrivals=1, num_barriers=(2, 2)),
+        empty,
         plgpu.Barrier(num_arrivals=1),
         plgpu.Barrier(num_arrivals=1),
         plgpu.Barrier(num_arrivals=1),

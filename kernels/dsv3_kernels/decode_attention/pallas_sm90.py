@@ -14,6 +14,9 @@ from dsv3_kernels.decode_attention.pallas_combine import combine_parts
 from dsv3_kernels.decode_attention.pallas_layout import LATENT, ROPE, ROWS
 from dsv3_kernels.decode_attention.planner import plan_splits
 
+MULTICAST = r"UTMALDG\.\dD\.MULTICAST"
+"""A copy into the shared memory of several thread blocks."""
+
 NUM_SMS = 132
 """Of an H100 or H200 SXM; used where the device does not tell."""
 
@@ -28,12 +31,15 @@ def mla_decode_pallas(
     softmax_scale: float,
     causal: bool = True,
     num_parts: int | None = None,
+    multicast: bool = True,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B S H C"], Float32[Array, "B H S"]]:
     """Twin of `mla_decode_reference` for latent 512, rotary 64, BF16 queries.
 
     Args:
         num_parts: into how many parts the keys are divided; by default as many as fill the GPU once.
+        multicast: whether pairs of thread blocks share copies, where they can: BF16 pages, rows in an even number of
+            blocks of 64.
         interpret: None to compile; `plgpu.InterpretGPUParams()` to run on a CPU.
     Raises: NotImplementedError for other widths or dtypes, or a scale that is not positive.
     """
@@ -44,7 +50,7 @@ def mla_decode_pallas(
         )
     if softmax_scale <= 0:
         raise NotImplementedError(f"softmax_scale={softmax_scale}: the kernel finds maxima before it scales.")
-    num_rows = -(-S * H // ROWS) * ROWS
+    num_rows = _num_rows(S, H)
     num_sms = getattr(jax.devices()[0], "core_count", NUM_SMS)
     plan = plan_splits(seq_lens, num_parts=num_parts or max(1, num_sms // (num_rows // ROWS)))
     partials = attend(
@@ -58,6 +64,7 @@ def mla_decode_pallas(
         num_heads=H,
         softmax_scale=softmax_scale,
         causal=causal,
+        multicast=multicast and _can_multicast(num_rows, is_fp8=kv_pages.dtype == jnp.uint8),
         interpret=interpret,
     )
     out, lse = combine_parts(*partials, plan, interpret=interpret)
@@ -74,10 +81,19 @@ def aot_cases() -> list[AotCase]:
             f"mla_decode{'_fp8' * case.is_fp8} {case.name.removesuffix('-fp8')}",
             functools.partial(mla_decode_pallas, softmax_scale=SOFTMAX_SCALE, causal=case.causal),
             case.shapes(),
-            (BF16_MMA,),
+            (BF16_MMA, *[MULTICAST] * _can_multicast(_num_rows(case.num_queries, case.num_heads), is_fp8=case.is_fp8)),
         )
         for case in COMPILED_CASES
     ]
+
+
+def _num_rows(num_queries: int, num_heads: int) -> int:
+    """Rows s H + h, filled up to whole thread blocks."""
+    return -(-num_queries * num_heads // ROWS) * ROWS
+
+
+def _can_multicast(num_rows: int, *, is_fp8: bool) -> bool:
+    return not is_fp8 and num_rows % (2 * ROWS) == 0
 
 
 def _pack(q: Float[Array, "B S H D"], num_rows: int) -> Float[Array, "B R D"]:

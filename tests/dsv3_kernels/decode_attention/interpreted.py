@@ -31,7 +31,8 @@ def given(num_queries: int, num_heads: int, *lengths: int, **options: bool) -> D
 
 CASES = {  # parts, the case
     "splits": (3, given(2, 9, 0, 300, 65)),
-    "two-row-blocks": (5, given(4, 17, 64, 1, 0, 700)),
+    "two-row-blocks": (5, given(4, 17, 64, 1, 0, 700)),  # which share copies of pages
+    "two-row-blocks-alone": (5, given(4, 17, 64, 1, 0, 700)),
     "fp8": (2, given(2, 9, 0, 197, is_fp8=True)),
     "not-causal": (1, given(3, 1, 2, 129, causal=False)),
     "one-sequence": (5, given(1, 65, 300)),
@@ -66,6 +67,7 @@ def attend(name: str, *, detect_races: bool) -> None:
         *(q_latent, q_rope, kv_pages, page_table, seq_lens),
         **options,
         num_parts=num_parts,
+        multicast=not name.endswith("alone"),
         interpret=plgpu.InterpretGPUParams(detect_races=detect_races),
     )
     wrong = flash_mismatch(ours[0], out, absolute=8e-4, relative=2.01 / 128, cosine=5e-6)

@@ -27,12 +27,12 @@ from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["splits"],
+        ["splits", "two-row-blocks"],
         ["fp8", "stray-pages-fp8"],
         ["combine-one-sequence", "combine-none-split", "combine-some-empty", "combine-no-work"],
         pytest.param(["stray-pages", "one-sequence", "all-empty"], marks=pytest.mark.slow),
-        pytest.param(["two-row-blocks", "not-causal"], marks=pytest.mark.slow),
-        pytest.param(["--races", "splits"], marks=pytest.mark.slow),
+        pytest.param(["two-row-blocks-alone", "not-causal"], marks=pytest.mark.slow),
+        pytest.param(["--races", "splits", "two-row-blocks"], marks=pytest.mark.slow),
         pytest.param(["--races", "fp8"], marks=pytest.mark.slow),
         pytest.param(["--races", "combine-some-empty", "combine-all-split"], marks=pytest.mark.slow),
     ],
