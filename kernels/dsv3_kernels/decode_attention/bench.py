@@ -43,7 +43,7 @@ MAX_DRAWN_PAGES = 8192
 
 
 def bench_cases() -> list[BenchCase]:
-    """FlashMLA's benchmark; flops are counted without regard to the mask, as it does; then a few rows without multicast."""
+    """FlashMLA's benchmark, flops counted without regard to the mask as it does; then a few rows without multicast."""
     rows = [_bench_case(case) for case in SPEED_CASES]
     alone = [
         row._replace(
