@@ -14,9 +14,17 @@ def test_it_needs_jax_numpy_ml_dtypes_and_jaxtyping_only():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         nodes = list(ast.walk(tree))
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-        allowed = sys.stdlib_module_names if path.parent.name == "torch_peer" else ALLOWED  # that runs in other Pythons
-        assert {name.split(".")[0] for name in names} <= set(allowed), path.name
+        names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert {name.split(".")[0] for name in names} <= ALLOWED, path.name
+
+
+def test_what_times_torch_needs_no_jax():
+    for path in (KERNELS / "dsv3_kernels" / "gpu" / "torch_peer").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        foreign = [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
+        assert all(name.startswith("dsv3_kernels.gpu.torch_peer") for name in foreign), (path.name, foreign)
 
 
 def test_the_example_of_the_readme_runs(capsys):

@@ -92,11 +92,11 @@ def test_what_was_said_survives_the_end_of_the_process(tmp_path, monkeypatch):
 
 def test_the_program_runs_without_jax_and_says_that_there_is_no_torch(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nsys.modules.update(jax=None, torch=None, dsv3_kernels=None)\n", encoding="utf-8"
+        "import sys\nsys.modules.update(jax=None, torch=None, numpy=None)\n", encoding="utf-8"
     )
-    path = os.pathsep.join([str(tmp_path), str(torch_ask.machine.PACKAGE / "gpu")])
+    path = os.pathsep.join([str(tmp_path), str(torch_ask.machine.PACKAGE.parent)])
     done = subprocess.run(
-        [sys.executable, "-m", "torch_peer"],
+        [sys.executable, "-m", "dsv3_kernels.gpu.torch_peer"],
         input='{"clock": "", "seconds": 1, "rows": []}',
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,

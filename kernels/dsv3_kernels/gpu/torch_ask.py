@@ -38,10 +38,10 @@ def with_torch(rows: Sequence[Row], ask: Callable[[dict[str, Any]], Answers], cl
 
 def run_peer(python: str, request: dict[str, Any], seconds: float) -> Answers:
     """What the process said within the time; its death or an answer cut short costs what it had not said yet."""
-    path = os.pathsep.join([str(machine.PACKAGE / "gpu"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(machine.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
-            [python, "-m", "torch_peer"],
+            [python, "-m", "dsv3_kernels.gpu.torch_peer"],
             input=json.dumps({**request, "seconds": seconds}).encode(),
             env={**os.environ, "PYTHONPATH": path},
             capture_output=True,

@@ -15,10 +15,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import decode, gemm, prefill
-from .clock import seconds_per_launch
-from .problems import TorchDecode, TorchGemm, TorchPrefill, TorchProblem, from_json
-from .way import Way
+from dsv3_kernels.gpu.torch_peer import decode, gemm, prefill
+from dsv3_kernels.gpu.torch_peer.clock import seconds_per_launch
+from dsv3_kernels.gpu.torch_peer.problems import TorchDecode, TorchGemm, TorchPrefill, TorchProblem, from_json
+from dsv3_kernels.gpu.torch_peer.way import Way
 
 MODULES: dict[type[TorchProblem], Any] = {TorchGemm: gemm, TorchDecode: decode, TorchPrefill: prefill}
 LONGEST_REASON = 120

@@ -11,9 +11,9 @@ Varied lengths: sequences are sorted by length into groups, each padded to its l
 import math
 from typing import Any, NamedTuple
 
-from .problems import TorchDecode
-from .sdpa import BACKENDS, additive, attend, flex
-from .way import Prepared, Way, relative_error
+from dsv3_kernels.gpu.torch_peer.problems import TorchDecode
+from dsv3_kernels.gpu.torch_peer.sdpa import BACKENDS, additive, attend, flex
+from dsv3_kernels.gpu.torch_peer.way import Prepared, Way, relative_error
 
 LIMIT = 4e-2
 """Scores rounded to bf16 err by a hundredth, one missing key by a third (see `_inputs`)."""

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from .problems import TorchGemm
-from .way import Prepared, Way, relative_error
+from dsv3_kernels.gpu.torch_peer.problems import TorchGemm
+from dsv3_kernels.gpu.torch_peer.way import Prepared, Way, relative_error
 
 CHECKED_ROWS = 64
 LIMIT = 5e-2

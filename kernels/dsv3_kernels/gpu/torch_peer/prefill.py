@@ -9,9 +9,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .problems import TorchPrefill
-from .sdpa import BACKENDS, additive, attend, flex
-from .way import Prepared, Way, relative_error
+from dsv3_kernels.gpu.torch_peer.problems import TorchPrefill
+from dsv3_kernels.gpu.torch_peer.sdpa import BACKENDS, additive, attend, flex
+from dsv3_kernels.gpu.torch_peer.way import Prepared, Way, relative_error
 
 LIMIT = 3e-2
 """bf16 errs by a few thousandths; a wrong mask by most of the result."""
