@@ -12,14 +12,14 @@ if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
 from dsv3_kernels.casts.pallas_rounding import CAN_STORE
 
 CASES = case.collect()
-CASTS = ("cast_tokens", "cast_blocks", "swiglu_cast", "requantize_transposed")
+STORING = ("cache_write", "cast_tokens", "cast_blocks", "swiglu_cast", "requantize_transposed")
 FIRST = {each.name.split()[0]: each.name for each in reversed(CASES)}
 """One case of each op, which the fast tests lower."""
 
 
 def _parameter(each: case.AotCase) -> object:
     marks = [] if each.name in FIRST.values() else [pytest.mark.slow]
-    if each.name.startswith(CASTS) and not CAN_STORE:
+    if each.name.startswith(STORING) and not CAN_STORE:
         marks.append(pytest.mark.skip(reason="jax older than 0.12: no stores in a layout"))
     return pytest.param(each, id=each.name, marks=marks)
 

@@ -37,6 +37,8 @@ UGLY = (
     Case("page_ends", B=5, T=3, before=(0, 61, 62, 63, 64), C=12, R=4),
     Case("long", B=2, T=200, before=(1, 127), C=16, R=8),
     Case("fp8", B=3, T=5, before=(0, 62, 190), fp8=True),
+    Case("ue8m0", B=1, T=2, before=(63,), fp8=True, fp8_scale="ue8m0"),
+    Case("v3_widths", B=5, T=3, before=(0, 61, 62, 63, 64)),
 )
 """Small and unaligned: for tests."""
 

@@ -32,10 +32,6 @@ FIRST_ROPE_UNIT = LATENT_DIM // (2 * PAIRS)
 """Of the down-projection."""
 DTYPES = ((jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32), (jnp.uint8, jnp.bfloat16))
 """Of the pages and the down-projection."""
-SCALES_LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((ROWS, UNIT_BYTES), (2,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1
-)
-"""One unit a row, the four scales."""
 MUST_CONTAIN = (r"UBLKCP\.G\.S",)
 """A bulk copy from shared to global memory."""
 MUST_CONTAIN_FP8 = (*MUST_CONTAIN, r"F2FP\.SATFINITE\.E4M3")
@@ -43,11 +39,11 @@ MUST_CONTAIN_FP8 = (*MUST_CONTAIN, r"F2FP\.SATFINITE\.E4M3")
 
 
 def write(
-    kv_pages: Shaped[Array, "N 64 W"],
-    kv_down: Float[Array, "B T 576"],
-    norm_scale: Float[Array, "512"],
-    cos: Float[Array, "B T 32"],
-    sin: Float[Array, "B T 32"],
+    kv_pages: Shaped[Array, "N Z W"],
+    kv_down: Float[Array, "B T X"],
+    norm_scale: Float[Array, "C"],
+    cos: Float[Array, "B T halfR"],
+    sin: Float[Array, "B T halfR"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, "B"],
     counts: Int[Array, "B"],
@@ -55,7 +51,7 @@ def write(
     eps: float,
     fp8_scale: str,
     interpret: Any = None,
-) -> Shaped[Array, "N 64 W"]:
+) -> Shaped[Array, "N Z W"]:
     """The Hopper form of `api.cache_write`; FP8 rows have the bytes of `pack_fp8_cache_rows`, but for the norm's bits.
 
     Args:
@@ -95,7 +91,7 @@ def aot_cases() -> list[AotCase]:
     """BF16 and FP8 rows of a decoding step, of drafts, of a prefill, into a pool of more than 2^31 elements."""
     return [
         AotCase(
-            f"cache_write {case.name}",
+            f"cache_write{'_fp8' * case.fp8} {case.name.replace('_fp8', '')}",
             functools.partial(write, eps=1e-6, fp8_scale=case.fp8_scale),
             tuple(jax.ShapeDtypeStruct(*each) for each in shapes(case, num_pages=2**17).values()),
             MUST_CONTAIN_FP8 if case.fp8 else MUST_CONTAIN,
@@ -130,7 +126,7 @@ def _write_rows(down_ref, key_ref, scale_ref, cos_ref, sin_ref, targets_ref, poo
             values = normed.astype(rows_ref.dtype)
         _store(rows_ref.at[:, tile], values)
     if is_fp8:
-        _store(rows_ref.at[:, LATENT_DIM // unit], bytes_of(scales, SCALES_LAYOUT))
+        _store(rows_ref.at[:, LATENT_DIM // unit], bytes_of(scales, _unit_a_warp()))
 
     layout = _row_a_warp(ROPE_UNITS, unit)
     pairs = _turned_pairs(key_ref.at[here], cos_ref.at[here], sin_ref.at[here], layout.reduce(2))
@@ -164,6 +160,12 @@ def _row_a_warp(units: int, columns: int) -> Any:
     """[ROWS, units, columns] with a row in each warp, neighbouring columns in a lane."""
     tiling = plgpu.Tiling(((ROWS, units, columns), (units * columns // 32,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def _unit_a_warp() -> Any:
+    """[ROWS, UNIT_BYTES] with a row in each warp, as a row's numbers are after reductions over `_row_a_warp`."""
+    tiling = plgpu.Tiling(((ROWS, UNIT_BYTES), (2,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
 
 
 def _load(ref, layout) -> jax.Array:
