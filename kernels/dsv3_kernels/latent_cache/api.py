@@ -58,8 +58,8 @@ def cache_write(
         counts: new tokens of each sequence, at most T.
         eps: of the norm.
         fp8_scale: "float32" or "ue8m0"; how FP8 rows are scaled.
-        implementation: None, "reference", "xla" or "pallas" (Hopper GPU; C = 512, R = 64; BF16 pages, or FP8 rows from a
-            bfloat16 kv_down).
+        implementation: None, "reference", "xla" or "pallas" (Hopper GPU; C = 512, R = 64; BF16 pages, or FP8 rows
+            from a bfloat16 kv_down).
     Raises:
         ValueError: shapes or dtypes that do not fit together, or lengths beyond the page table.
         NotImplementedError: `implementation="pallas"` where it cannot run.

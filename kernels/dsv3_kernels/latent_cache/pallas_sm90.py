@@ -19,7 +19,7 @@ from dsv3_kernels.casts.pallas_rounding import CAN_STORE, MOSAIC
 from dsv3_kernels.latent_cache.cases import CASES, shapes
 from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, NUM_SCALES, ROPE_DIM, TILE
 from dsv3_kernels.latent_cache.pallas_pack import across, bytes_of, quantize_tile, side_by_side, word_of
-from dsv3_kernels.latent_cache.rows import destinations
+from dsv3_kernels.latent_cache.rows import destination
 
 ROWS = 4
 """Rows of a block, one for each warp; few, so that a decoding step of 128 rows occupies 32 SMs."""
@@ -32,8 +32,8 @@ FIRST_ROPE_UNIT = LATENT_DIM // (2 * PAIRS)
 """Of the down-projection."""
 DTYPES = ((jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32), (jnp.uint8, jnp.bfloat16))
 """Of the pages and the down-projection."""
-MUST_CONTAIN = (r"UBLKCP\.G\.S",)
-"""A bulk copy from shared to global memory."""
+MUST_CONTAIN = (r"UBLKCP\.G\.S", r"(mul\.wide\.[us]32|mad\.(lo\.s64|wide\.[us]32))[^;]*, (656|1152)[,;]")
+"""Bulk copies from shared to global memory; a row's address in 64 bits."""
 MUST_CONTAIN_FP8 = (*MUST_CONTAIN, r"F2FP\.SATFINITE\.E4M3")
 """The conversion in hardware."""
 
@@ -59,29 +59,48 @@ def write(
     Raises: NotImplementedError for other widths or dtypes, or without rows or pages.
     """
     _check(kv_pages, kv_down, norm_scale)
-    T, X = kv_down.shape[1:]
+    B, T, X = kv_down.shape
     N, page_size, W = kv_pages.shape
-    pages, slots, is_written = destinations(page_table, starts, counts, num_rows=T, num_pages=N, page_size=page_size)
-    targets = jnp.where(is_written, pages * page_size + slots, jnp.int32(-1))
     unit = UNIT_BYTES // kv_pages.dtype.itemsize
-    down, cos, sin, targets = (_flat(x, fill) for x, fill in ((kv_down, 0), (cos, 0), (sin, 0), (targets, -1)))
+    down, cos, sin = (_flat(x) for x in (kv_down, cos, sin))
+    page_table, starts, counts = (x.astype(jnp.int32) for x in (page_table, starts, counts))
     # A reference is an operand and a result at once, and the compiled module aliases the two.
     pool = jax.new_ref(kv_pages.reshape(N * page_size, W // unit, unit))
+
+    def body(table_ref, starts_ref, counts_ref, *refs):
+        block_start = lax.axis_index("block") * ROWS
+        first = jnp.minimum(block_start, len(down) - ROWS)  # the last block does not read past the end
+
+        def target_of(row: int) -> jax.Array:
+            """The row of the pool, or -1."""
+            b, t = lax.div(first + row, jnp.int32(T)), lax.rem(first + row, jnp.int32(T))
+            b = jnp.minimum(b, B - 1)
+            page, slot, is_written = destination(
+                table_ref.at[b], starts_ref[b], counts_ref[b], t, num_pages=N, page_size=page_size
+            )
+            is_own = (first + row >= block_start) & (first + row < B * T)
+            return jnp.where(is_written & is_own, page * page_size + slot, -1)
+
+        targets = [target_of(row) for row in range(ROWS)]
+        _write_rows(first, targets, *refs, eps=eps, fp8_scale=fp8_scale)
+
     plgpu.kernel(
-        functools.partial(_write_rows, eps=eps, fp8_scale=fp8_scale),
+        body,
         out_type=(),
-        grid=(len(down) // ROWS,),
+        grid=(-(-B * T // ROWS),),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((ROWS, W // unit, unit), kv_pages.dtype)],
         compiler_params=MOSAIC,
         interpret=interpret,
     )(
+        page_table,
+        starts,
+        counts,
         down.reshape(-1, X // unit, unit),
         down.reshape(-1, X // (2 * PAIRS), 2 * PAIRS),
         norm_scale.reshape(-1, unit),
         cos.reshape(-1, ROPE_UNITS, PAIRS),
         sin.reshape(-1, ROPE_UNITS, PAIRS),
-        targets,
         pool,
     )
     return jax.freeze(pool).reshape(kv_pages.shape)
@@ -100,10 +119,13 @@ def aot_cases() -> list[AotCase]:
     ]
 
 
-def _write_rows(down_ref, key_ref, scale_ref, cos_ref, sin_ref, targets_ref, pool_ref, rows_ref, *, eps, fp8_scale):
-    """One block. `down_ref` and `rows_ref` have rows of units as the pool has, `key_ref` of eight numbers."""
-    first = lax.axis_index("block") * ROWS
-    targets = [targets_ref[first + row] for row in range(ROWS)]
+def _write_rows(
+    first, targets, down_ref, key_ref, scale_ref, cos_ref, sin_ref, pool_ref, rows_ref, *, eps: float, fp8_scale: str
+) -> None:
+    """Makes rows first .. first + ROWS - 1 and sends them to rows `targets` of the pool, or nowhere (-1).
+
+    `down_ref` and `rows_ref` have rows of units as the pool has, `key_ref` of eight numbers.
+    """
     is_fp8, dtype = rows_ref.dtype == jnp.uint8, down_ref.dtype
     _, row_units, unit = rows_ref.shape
     tile_units = TILE // unit
@@ -112,7 +134,7 @@ def _write_rows(down_ref, key_ref, scale_ref, cos_ref, sin_ref, targets_ref, poo
     layout = _row_a_warp(tile_units, unit)
     tiles = [pl.ds(tile * tile_units, tile_units) for tile in range(NUM_SCALES)]
     latent = [_load(down_ref.at[here, tile], layout).astype(jnp.float32) for tile in tiles]
-    squares = sum(x * x for x in latent)
+    squares = functools.reduce(jnp.add, [x * x for x in latent])
     mean = jnp.sum(jnp.sum(squares, axis=2), axis=1) * jnp.float32(1 / LATENT_DIM)
     inverse_rms = across(lax.rsqrt(mean + jnp.float32(eps)), squares.shape, [0], layout)
     scales = []
@@ -176,10 +198,10 @@ def _store(ref, x) -> None:
     plgpu.store(ref, x, optimized=False)
 
 
-def _flat(x: Array, fill: int) -> Array:
-    """[B, T, ...] -> [rows, ...], filled up to a whole number of blocks."""
+def _flat(x: Array) -> Array:
+    """[B, T, ...] -> [rows, ...], at least one block."""
     rows = x.reshape(-1, *x.shape[2:])
-    return jnp.pad(rows, ((0, -len(rows) % ROWS), *[(0, 0)] * (rows.ndim - 1)), constant_values=fill)
+    return jnp.pad(rows, ((0, max(0, ROWS - len(rows))), (0, 0)))
 
 
 def _check(kv_pages: Array, kv_down: Array, norm_scale: Array) -> None:

@@ -29,7 +29,7 @@ def write(
         position = starts[b].astype(jnp.int32) + t
         column, slot = position // page_size, position % page_size
         page = page_table[b, jnp.clip(column, 0, P - 1)].astype(jnp.int32)
-        is_written = (t < counts[b].astype(jnp.int32)) & (0 <= position) & (column < P) & (0 <= page) & (page < N)
+        is_written = (t < counts[b].astype(jnp.int32)) & (position >= 0) & (column < P) & (page >= 0) & (page < N)
         place = (page, slot, jnp.int32(0))
         before = jax.lax.dynamic_slice(kv_pages, place, (1, 1, len(row)))
         return jax.lax.dynamic_update_slice(kv_pages, jnp.where(is_written, row, before), place)

@@ -71,8 +71,8 @@ def test_rows_are_those_of_float64(case: Case, dtype, implementation: str) -> No
             if case.fp8:
                 is_scale = np.arange(656) // 16 == 32
                 assert (found != expected)[~is_scale].sum() <= 2
-                scales = (row[is_scale].copy().view(np.float32) for row in (found, expected))
-                np.testing.assert_allclose(*scales, rtol=1e-6 if dtype == np.float32 else 0)
+                found_scales, scales = (row[is_scale].copy().view(np.float32) for row in (found, expected))
+                np.testing.assert_allclose(found_scales, scales, rtol=1e-6 if dtype == np.float32 else 0)
             else:
                 error = np.abs(found.astype(np.float64) - expected.astype(np.float64))
                 assert (error <= np.abs(expected.astype(np.float64)) * jnp.finfo(dtype).eps + 1e-6).all()
