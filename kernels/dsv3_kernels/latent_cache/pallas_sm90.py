@@ -22,7 +22,8 @@ from dsv3_kernels.latent_cache.pallas_pack import across, bytes_of, quantize_til
 from dsv3_kernels.latent_cache.rows import destination
 
 ROWS = 4
-"""Rows of a block, one for each warp; few, so that a decoding step of 128 rows occupies 32 SMs."""
+"""Rows of a block, one for each warp; few, so that a decoding step of 128 rows occupies 32 SMs. Of one to three rows
+a block takes one or two, and several warps make the same row."""
 UNIT_BYTES = 16
 """Bulk copies want every axis of the pool but the last in steps of 16 bytes: a row is seen as units of 16."""
 ROPE_UNITS = 8
@@ -62,42 +63,41 @@ def write(
     B, T, X = kv_down.shape
     N, page_size, W = kv_pages.shape
     unit = UNIT_BYTES // kv_pages.dtype.itemsize
-    down, cos, sin = (_flat(x) for x in (kv_down, cos, sin))
+    block_rows = min(ROWS, 1 << (B * T).bit_length() - 1)  # a power of two that there are
     page_table, starts, counts = (x.astype(jnp.int32) for x in (page_table, starts, counts))
     # A reference is an operand and a result at once, and the compiled module aliases the two.
     pool = jax.new_ref(kv_pages.reshape(N * page_size, W // unit, unit))
 
     def body(table_ref, starts_ref, counts_ref, *refs):
-        block_start = lax.axis_index("block") * ROWS
-        first = jnp.minimum(block_start, len(down) - ROWS)  # the last block does not read past the end
+        block_start = lax.axis_index("block") * block_rows
+        first = jnp.minimum(block_start, B * T - block_rows)  # the last block does not read past the end
 
         def target_of(row: int) -> jax.Array:
             """The row of the pool, or -1."""
             b, t = lax.div(first + row, jnp.int32(T)), lax.rem(first + row, jnp.int32(T))
-            b = jnp.minimum(b, B - 1)
             page, slot, is_written = destination(
                 table_ref.at[b], starts_ref[b], counts_ref[b], t, num_pages=N, page_size=page_size
             )
-            is_own = (first + row >= block_start) & (first + row < B * T)
+            is_own = first + row >= block_start
             return jnp.where(is_written & is_own, page * page_size + slot, -1)
 
-        targets = [target_of(row) for row in range(ROWS)]
+        targets = [target_of(row) for row in range(block_rows)]
         _write_rows(first, targets, *refs, eps=eps, fp8_scale=fp8_scale)
 
     plgpu.kernel(
         body,
         out_type=(),
-        grid=(-(-B * T // ROWS),),
+        grid=(-(-B * T // block_rows),),
         grid_names=("block",),
-        scratch_types=[plgpu.SMEM((ROWS, W // unit, unit), kv_pages.dtype)],
+        scratch_types=[plgpu.SMEM((block_rows, W // unit, unit), kv_pages.dtype)],
         compiler_params=MOSAIC,
         interpret=interpret,
     )(
         page_table,
         starts,
         counts,
-        down.reshape(-1, X // unit, unit),
-        down.reshape(-1, X // (2 * PAIRS), 2 * PAIRS),
+        kv_down.reshape(-1, X // unit, unit),
+        kv_down.reshape(-1, X // (2 * PAIRS), 2 * PAIRS),
         norm_scale.reshape(-1, unit),
         cos.reshape(-1, ROPE_UNITS, PAIRS),
         sin.reshape(-1, ROPE_UNITS, PAIRS),
@@ -122,16 +122,16 @@ def aot_cases() -> list[AotCase]:
 def _write_rows(
     first, targets, down_ref, key_ref, scale_ref, cos_ref, sin_ref, pool_ref, rows_ref, *, eps: float, fp8_scale: str
 ) -> None:
-    """Makes rows first .. first + ROWS - 1 and sends them to rows `targets` of the pool, or nowhere (-1).
+    """Makes a row for each of `targets`, from `first` on, and sends it there in the pool, or nowhere (-1).
 
     `down_ref` and `rows_ref` have rows of units as the pool has, `key_ref` of eight numbers.
     """
     is_fp8, dtype = rows_ref.dtype == jnp.uint8, down_ref.dtype
-    _, row_units, unit = rows_ref.shape
+    rows, row_units, unit = rows_ref.shape
     tile_units = TILE // unit
-    here = pl.ds(first, ROWS)
+    here = pl.ds(first, rows)
 
-    layout = _row_a_warp(tile_units, unit)
+    layout = _row_a_warp(rows, tile_units, unit)
     tiles = [pl.ds(tile * tile_units, tile_units) for tile in range(NUM_SCALES)]
     latent = [_load(down_ref.at[here, tile], layout).astype(jnp.float32) for tile in tiles]
     squares = functools.reduce(jnp.add, [x * x for x in latent])
@@ -148,9 +148,9 @@ def _write_rows(
             values = normed.astype(rows_ref.dtype)
         _store(rows_ref.at[:, tile], values)
     if is_fp8:
-        _store(rows_ref.at[:, LATENT_DIM // unit], bytes_of(scales, _unit_a_warp()))
+        _store(rows_ref.at[:, LATENT_DIM // unit], bytes_of(scales, _unit_a_warp(rows)))
 
-    layout = _row_a_warp(ROPE_UNITS, unit)
+    layout = _row_a_warp(rows, ROPE_UNITS, unit)
     pairs = _turned_pairs(key_ref.at[here], cos_ref.at[here], sin_ref.at[here], layout.reduce(2))
     if is_fp8:
         rope = bytes_of([word_of(*pair) for pair in pairs], layout)
@@ -165,7 +165,7 @@ def _write_rows(
 
 
 def _turned_pairs(key_ref, cos_ref, sin_ref, layout) -> list[tuple[jax.Array, jax.Array]]:
-    """Rope of the interleaved pairs, in bfloat16 [ROWS, ROPE_UNITS] each: the four pairs of a unit are in one lane."""
+    """Rope of the interleaved pairs, in bfloat16 [rows, ROPE_UNITS] each: the four pairs of a unit are in one lane."""
     pairs = []
     for pair in range(PAIRS):
         even, odd = (
@@ -178,16 +178,23 @@ def _turned_pairs(key_ref, cos_ref, sin_ref, layout) -> list[tuple[jax.Array, ja
     return pairs
 
 
-def _row_a_warp(units: int, columns: int) -> Any:
-    """[ROWS, units, columns] with a row in each warp, neighbouring columns in a lane."""
-    tiling = plgpu.Tiling(((ROWS, units, columns), (units * columns // 32,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+def _row_a_warp(rows: int, units: int, columns: int) -> Any:
+    """[rows, units, columns] with a row in each warp, neighbouring columns in a lane."""
+    tiling = plgpu.Tiling(((rows, units, columns), (units * columns // 32,)))
+    return plgpu.Layout.TILED(tiling, _warps(rows, -4), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def _unit_a_warp() -> Any:
-    """[ROWS, UNIT_BYTES] with a row in each warp, as a row's numbers are after reductions over `_row_a_warp`."""
-    tiling = plgpu.Tiling(((ROWS, UNIT_BYTES), (2,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
+def _unit_a_warp(rows: int) -> Any:
+    """[rows, UNIT_BYTES] with a row in each warp, as a row's numbers are after reductions over `_row_a_warp`."""
+    tiling = plgpu.Tiling(((rows, UNIT_BYTES), (2,)))
+    return plgpu.Layout.TILED(tiling, _warps(rows, -3), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
+
+
+def _warps(rows: int, axis: int) -> tuple[Any, ...]:
+    """The four warps over `axis`, which has `rows`."""
+    return (
+        (axis,) if rows == ROWS else (axis, plgpu.Replicated(ROWS // rows)) if rows > 1 else (plgpu.Replicated(ROWS),)
+    )
 
 
 def _load(ref, layout) -> jax.Array:
@@ -196,12 +203,6 @@ def _load(ref, layout) -> jax.Array:
 
 def _store(ref, x) -> None:
     plgpu.store(ref, x, optimized=False)
-
-
-def _flat(x: Array) -> Array:
-    """[B, T, ...] -> [rows, ...], at least one block."""
-    rows = x.reshape(-1, *x.shape[2:])
-    return jnp.pad(rows, ((0, max(0, ROWS - len(rows))), (0, 0)))
 
 
 def _check(kv_pages: Array, kv_down: Array, norm_scale: Array) -> None:

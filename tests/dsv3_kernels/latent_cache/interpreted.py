@@ -19,10 +19,12 @@ from dsv3_kernels.latent_cache.fp8_rows import unpack_fp8_cache_rows
 
 CASES = {  # pages, down-projection, the case
     "one": (jnp.bfloat16, Case("one", B=1, T=1, before=(63,))),
+    "three": (jnp.bfloat16, Case("three", B=3, T=1, before=(0, 62, 127))),
     "page-ends": (jnp.bfloat16, Case("page-ends", B=5, T=3, before=(0, 61, 62, 63, 64))),
     "long": (jnp.bfloat16, Case("long", B=2, T=70, before=(1, 127))),
     "from-float32": (np.float32, Case("from-float32", B=2, T=3, before=(61, 62))),
     "one-fp8": (jnp.bfloat16, Case("one-fp8", B=1, T=1, before=(0,), fp8=True)),
+    "three-fp8": (jnp.bfloat16, Case("three-fp8", B=3, T=1, before=(0, 62, 127), fp8=True)),
     "page-ends-fp8": (jnp.bfloat16, Case("page-ends-fp8", B=5, T=3, before=(0, 61, 62, 63, 64), fp8=True)),
     "long-fp8": (jnp.bfloat16, Case("long-fp8", B=2, T=70, before=(1, 127), fp8=True)),
     "one-ue8m0": (jnp.bfloat16, Case("one-ue8m0", B=1, T=1, before=(64,), fp8=True, fp8_scale="ue8m0")),

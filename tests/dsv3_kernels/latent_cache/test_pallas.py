@@ -30,8 +30,8 @@ needs_stores = pytest.mark.skipif(not CAN_STORE, reason="jax older than 0.12: no
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["one", "page-ends", "from-float32"],
-        ["one-fp8", "page-ends-fp8", "one-ue8m0", "page-ends-ue8m0"],
+        ["one", "three", "page-ends", "from-float32"],
+        ["one-fp8", "three-fp8", "page-ends-fp8", "one-ue8m0", "page-ends-ue8m0"],
         pytest.param(["long", "long-fp8", "long-ue8m0"], marks=pytest.mark.slow),
         pytest.param(["--races", "page-ends", "page-ends-fp8"], marks=pytest.mark.slow),
     ],
