@@ -141,7 +141,7 @@ def _paged_step(
                 cache.lengths,
                 counts,
                 eps=cfg.latent_norm_eps,
-                implementation=None if implementation == "pallas" else implementation,  # it has no kernel
+                implementation=implementation,
             )
             return attention(mla_params, normed, rope, written, page_table), written
 

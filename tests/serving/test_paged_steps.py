@@ -175,10 +175,9 @@ def test_bfloat16_pages_stay_near_float32(tiny: Tiny, unequal) -> None:
 @one_of_them
 @pytest.mark.parametrize("step", [prefill_step, decode_step], ids=["prefill", "decode"])
 def test_a_kernel_that_cannot_run_here_says_so(tiny: Tiny, step) -> None:
-    """Rather than that `cache_write`, which has none, does not know the name."""
     if dispatch.why_no_pallas() is None:
         pytest.skip("a Hopper GPU is here")
     cache = fresh_cache(tiny.cfg, 1, 1)
     settings = {"policy": FLOAT32, "implementation": "pallas"}
-    with pytest.raises(NotImplementedError, match=r"mla_(prefill|decode)\(implementation=\"pallas\"\) needs"):
+    with pytest.raises(NotImplementedError, match=r"cache_write\(implementation=\"pallas\"\) needs"):
         step(tiny.cfg, tiny.weights, np.zeros((1, 1), np.int32), everyone(1, 1), cache, **settings)

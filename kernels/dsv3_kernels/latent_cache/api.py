@@ -1,5 +1,7 @@
 """The paged latent cache: writes new rows where they belong, reads the rows of sequences in order."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,16 @@ from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, ROPE_DIM, ROW_BYTES, 
 
 PAGE_SIZE = 64
 """Tokens a page."""
+
+
+def _pallas(*args: Any, **kwargs: Any) -> Array:
+    """Imports the kernel when it is called: old versions of jax cannot."""
+    from dsv3_kernels.latent_cache import pallas_sm90
+
+    return pallas_sm90.write(*args, **kwargs)
+
+
+FORMS = {"reference": reference.write, "xla": xla.write, "pallas": _pallas}
 
 
 def cache_write(
@@ -46,8 +58,11 @@ def cache_write(
         counts: new tokens of each sequence, at most T.
         eps: of the norm.
         fp8_scale: "float32" or "ue8m0"; how FP8 rows are scaled.
-        implementation: None, "reference" or "xla".
-    Raises: ValueError for shapes or dtypes that do not fit together, or lengths beyond the page table.
+        implementation: None, "reference", "xla" or "pallas" (Hopper GPU; C = 512, R = 64; BF16 pages, or FP8 rows
+            from a bfloat16 kv_down).
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or lengths beyond the page table.
+        NotImplementedError: `implementation="pallas"` where it cannot run.
     """
     _check_pages(kv_pages, page_table, B=kv_down.shape[0])
     B, T, X = kv_down.shape
@@ -70,9 +85,8 @@ def cache_write(
     if not isinstance(starts, Tracer) and not isinstance(counts, Tracer):
         ends = np.asarray(starts) + np.clip(np.asarray(counts), 0, T)
         _check_lengths("starts + counts", np.concatenate([np.asarray(starts), ends]), page_table.shape[1])
-    forms = {"reference": reference.write, "xla": xla.write}
     arrays = (kv_pages, kv_down, norm_scale, cos, sin, page_table, starts, counts)
-    return dispatch.run("cache_write", forms, implementation, *arrays, eps=eps, fp8_scale=fp8_scale)
+    return dispatch.run("cache_write", FORMS, implementation, *arrays, eps=eps, fp8_scale=fp8_scale)
 
 
 def cache_read(

@@ -2,13 +2,14 @@
 
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 PAGE_SIZE = 64
 
 
 class Case(NamedTuple):
-    """B sequences that hold `before` tokens and get T more each; `fp8`: rows of 656 bytes."""
+    """B sequences that hold `before` tokens and get T more each; `fp8`: rows of 656 bytes, scaled by `fp8_scale`."""
 
     name: str
     B: int
@@ -17,6 +18,7 @@ class Case(NamedTuple):
     C: int = 512
     R: int = 64
     fp8: bool = False
+    fp8_scale: str = "float32"
 
 
 CASES = (
@@ -24,7 +26,9 @@ CASES = (
     Case("drafts_128", B=128, T=2, before=(4096,)),
     Case("prefill_4x4k", B=4, T=4096, before=(0,)),
     Case("decode_128_fp8", B=128, T=1, before=(4096,), fp8=True),
+    Case("drafts_128_fp8", B=128, T=2, before=(4096,), fp8=True),
     Case("prefill_4x4k_fp8", B=4, T=4096, before=(0,), fp8=True),
+    Case("decode_128_ue8m0", B=128, T=1, before=(4096,), fp8=True, fp8_scale="ue8m0"),
 )
 """What V3 writes a layer."""
 
@@ -33,6 +37,8 @@ UGLY = (
     Case("page_ends", B=5, T=3, before=(0, 61, 62, 63, 64), C=12, R=4),
     Case("long", B=2, T=200, before=(1, 127), C=16, R=8),
     Case("fp8", B=3, T=5, before=(0, 62, 190), fp8=True),
+    Case("ue8m0", B=1, T=2, before=(63,), fp8=True, fp8_scale="ue8m0"),
+    Case("v3_widths", B=5, T=3, before=(0, 61, 62, 63, 64)),
 )
 """Small and unaligned: for tests."""
 
@@ -59,4 +65,20 @@ def make(case: Case, dtype: np.typing.DTypeLike = np.float32, seed: int = 0) -> 
         "page_table": rng.permutation(num_pages)[: B * num_columns].reshape(B, num_columns).astype(np.int32),
         "starts": starts,
         "counts": np.full(B, T, np.int32),
+    }
+
+
+def shapes(case: Case, *, num_pages: int) -> dict[str, tuple[tuple[int, ...], np.typing.DTypeLike]]:
+    """Shape and dtype of each argument of `cache_write` as serving has them, in order."""
+    B, T, columns = case.B, case.T, -(-(max(case.before) + case.T) // PAGE_SIZE)
+    bfloat16 = ml_dtypes.bfloat16
+    return {
+        "kv_pages": ((num_pages, PAGE_SIZE, 656), np.uint8) if case.fp8 else ((num_pages, PAGE_SIZE, 576), bfloat16),
+        "kv_down": ((B, T, case.C + case.R), bfloat16),
+        "norm_scale": ((case.C,), np.float32),
+        "cos": ((B, T, case.R // 2), np.float32),
+        "sin": ((B, T, case.R // 2), np.float32),
+        "page_table": ((B, columns), np.int32),
+        "starts": ((B,), np.int32),
+        "counts": ((B,), np.int32),
     }

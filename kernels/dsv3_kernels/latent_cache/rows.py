@@ -1,5 +1,8 @@
 """From MLA's down-projection to the rows of the latent cache (report eq. 1 and 3)."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -39,10 +42,24 @@ def destinations(
     num_pages: int,
     page_size: int,
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
-    """The page and slot of each new row, and whether it has one: not past its count, table or the pages there are."""
-    t = jnp.arange(num_rows, dtype=jnp.int32)[None, :]
-    positions = starts.astype(jnp.int32)[:, None] + t
-    column = jnp.maximum(positions, 0) // page_size
-    pages = jnp.take_along_axis(page_table.astype(jnp.int32), jnp.minimum(column, page_table.shape[1] - 1), axis=1)
-    is_written = (t < counts.astype(jnp.int32)[:, None]) & (positions >= 0) & (column < page_table.shape[1])
-    return pages, jnp.maximum(positions, 0) % page_size, is_written & (pages >= 0) & (pages < num_pages)
+    """`destination` of each new row."""
+    of_row = functools.partial(destination, num_pages=num_pages, page_size=page_size)
+    of_sequence = jax.vmap(of_row, in_axes=(None, None, None, 0))
+    page_table, starts, counts = (x.astype(jnp.int32) for x in (page_table, starts, counts))
+    return jax.vmap(of_sequence, in_axes=(0, 0, 0, None))(
+        page_table, starts, counts, jnp.arange(num_rows, dtype=jnp.int32)
+    )
+
+
+def destination(
+    pages: Any, start: jax.Array, count: jax.Array, t: jax.Array, *, num_pages: int, page_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Page and slot of a sequence's new row t, and whether it has one: not past its count, its table or the last page.
+
+    All are int32 scalars, but `pages` [P], which may be a reference in a kernel.
+    """
+    position = jnp.maximum(start + t, 0)
+    column, slot = jax.lax.div(position, jnp.int32(page_size)), jax.lax.rem(position, jnp.int32(page_size))
+    page = pages[jnp.minimum(column, pages.shape[0] - 1)]
+    is_written = (t < count) & (start + t >= 0) & (column < pages.shape[0])
+    return page, slot, is_written & (page >= 0) & (page < num_pages)

@@ -26,7 +26,11 @@ def expected_rows(case: Case, given) -> jax.Array:
     latent = rms_norm(jnp.asarray(given["kv_down"][..., : case.C]), jnp.asarray(given["norm_scale"]), eps=EPS)
     table = RopeTable(jnp.asarray(given["cos"]), jnp.asarray(given["sin"]))
     rope = apply_rope(jnp.asarray(given["kv_down"][..., case.C :]), table)
-    return pack_fp8_cache_rows(latent, rope) if case.fp8 else jnp.concatenate([latent, rope], axis=-1)
+    return (
+        pack_fp8_cache_rows(latent, rope, scale=case.fp8_scale)
+        if case.fp8
+        else jnp.concatenate([latent, rope], axis=-1)
+    )
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -41,7 +45,7 @@ def test_rows_of_the_model_arrive_in_their_slots_and_nowhere_else(case: Case, dt
         for t in range(counts[b]):
             column, slot = divmod(given["starts"][b] + t, 64)
             expected[given["page_table"][b, column], slot] = rows[b, t]
-    written = np.asarray(write(given, implementation))
+    written = np.asarray(write(given, implementation, case.fp8_scale))
     changed = (written != given["kv_pages"]).any(-1)
     np.testing.assert_array_equal(changed, (expected != given["kv_pages"]).any(-1))
     if case.fp8:
@@ -52,11 +56,44 @@ def test_rows_of_the_model_arrive_in_their_slots_and_nowhere_else(case: Case, dt
         np.testing.assert_allclose(written.astype(np.float32), expected.astype(np.float32), rtol=2**-7)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", UGLY, ids=lambda case: case.name)
-def test_forms_write_the_same_bytes(case: Case, dtype) -> None:
+def test_rows_are_those_of_float64(case: Case, dtype, implementation: str) -> None:
     given = make(case, dtype, seed=1)
-    np.testing.assert_array_equal(write(given, "reference"), write(given, "xla"))
+    written = np.asarray(write(given, implementation, case.fp8_scale))
+    for b in range(case.B):
+        for t in range(case.T):
+            column, slot = divmod(given["starts"][b] + t, 64)
+            found = written[given["page_table"][b, column], slot]
+            turned = (given["cos"] + 1j * given["sin"])[b, t]
+            expected = row_in_float64(case, given["kv_down"][b, t], given["norm_scale"], turned)
+            if case.fp8:
+                is_scale = np.arange(656) // 16 == 32
+                assert (found != expected)[~is_scale].sum() <= 2
+                found_scales, scales = (row[is_scale].copy().view(np.float32) for row in (found, expected))
+                np.testing.assert_allclose(found_scales, scales, rtol=1e-6 if dtype == np.float32 else 0)
+            else:
+                error = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+                assert (error <= np.abs(expected.astype(np.float64)) * jnp.finfo(dtype).eps + 1e-6).all()
+
+
+def row_in_float64(case: Case, down: np.ndarray, norm_scale: np.ndarray, turned: np.ndarray) -> np.ndarray:
+    """One row in NumPy, with nothing of the package; `turned` are the unit numbers that turn the pairs."""
+    x = down.astype(np.float64)
+    latent = (x[: case.C] / np.sqrt(np.mean(x[: case.C] ** 2) + EPS) * norm_scale).astype(down.dtype)
+    rope = (x[case.C :].view(np.complex128) * turned).view(np.float64).astype(down.dtype)
+    if not case.fp8:
+        return np.concatenate([latent, rope])
+    parts, scales = [], []
+    for tile in latent.astype(np.float64).reshape(4, 128):
+        scale = max(np.abs(tile).max(), 1e-4) / 448
+        if case.fp8_scale == "ue8m0":
+            scale = 2.0 ** np.ceil(np.log2(max(scale, 1e-4)))
+        scales.append(np.asarray(scale).astype(down.dtype).astype(np.float32))
+        parts.append((tile / scales[-1]).astype(np.float32).astype(jnp.float8_e4m3fn))
+    parts += [np.stack(scales), rope.astype(jnp.bfloat16)]
+    return np.concatenate([part.view(np.uint8) for part in parts])
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
