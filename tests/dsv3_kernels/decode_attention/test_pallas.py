@@ -1,10 +1,5 @@
 """The Hopper kernel in Pallas' interpreter, how its parts are combined, and what it leaves to XLA."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,17 +33,8 @@ from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
     ],
     ids=" ".join,
 )
-def test_kernels_are_within_their_tolerances(arguments, repository):
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted.py")), *arguments],
-        env=os.environ | {"PYTHONPATH": str(repository / "kernels")},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "close"
+def test_kernels_are_within_their_tolerances(arguments, interpreted):
+    assert interpreted(*arguments).strip() == "close"
 
 
 def test_combination_is_the_softmax_over_all_parts():

@@ -1,10 +1,6 @@
 """The Hopper kernel that writes the latent cache: in Pallas' interpreter, its divisions, and what it leaves to XLA."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +30,9 @@ from dsv3_kernels.scales import reciprocal_of
     ],
     ids=" ".join,
 )
-def test_kernel_writes_the_rows_of_the_loop(arguments, repository):
+def test_kernel_writes_the_rows_of_the_loop(arguments, interpreted):
     """And nothing elsewhere, whatever the pool holds; fresh inputs each time."""
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted.py")), *arguments],
-        env=os.environ | {"PYTHONPATH": str(repository / "kernels")},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "the same rows"
+    assert interpreted(*arguments).strip() == "the same rows"
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=lambda case: case.name)

@@ -1,10 +1,5 @@
 """The Hopper kernels of prefill attention, in the interpreter, and what they leave to XLA."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,17 +20,8 @@ needs_pallas = pytest.mark.skipif(
     [["chunk of packed"], pytest.param(["one document", "unequal starts"], marks=pytest.mark.slow)],
     ids=["packed", "the rest"],
 )
-def test_kernels_agree_with_the_reference(names, repository) -> None:
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted.py")), *names],
-        env=os.environ | {"PYTHONPATH": str(repository / "kernels")},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 5 * len(names)
+def test_kernels_agree_with_the_reference(names, interpreted) -> None:
+    assert len(interpreted(*names).splitlines()) == 5 * len(names)
 
 
 @needs_pallas

@@ -3,9 +3,6 @@
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,7 +14,6 @@ if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
     pytest.skip(dispatch.why_no_pallas() or "", allow_module_level=True)
 
 PROGRAM = Path(__file__).with_name("interpreted.py")
-ROOT = Path(__file__).parents[3]
 
 
 def _load():
@@ -33,19 +29,8 @@ NAMES = list(_load().CASES)
 NUM_FAST = _load().NUM_FAST
 
 
-def _check(names: list[str], timeout: float) -> None:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT / "kernels")}
-    environment.pop("XLA_FLAGS", None)
-    result = subprocess.run(
-        [sys.executable, str(PROGRAM), *names],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    reports = [json.loads(line) for line in result.stdout.splitlines()]
+def _check(names: list[str], output: str) -> None:
+    reports = [json.loads(line) for line in output.splitlines()]
     assert [report["name"] for report in reports] == names
     for report in reports:
         assert report["agree"], report
@@ -54,10 +39,10 @@ def _check(names: list[str], timeout: float) -> None:
         assert not report["races"], report
 
 
-def test_kernels_agree_with_the_reference():
-    _check(NAMES[:NUM_FAST], timeout=240)
+def test_kernels_agree_with_the_reference(interpreted):
+    _check(NAMES[:NUM_FAST], interpreted(*NAMES[:NUM_FAST]))
 
 
 @pytest.mark.slow
-def test_kernels_agree_with_the_reference_at_odd_sizes():
-    _check(NAMES[NUM_FAST:], timeout=400)
+def test_kernels_agree_with_the_reference_at_odd_sizes(interpreted):
+    _check(NAMES[NUM_FAST:], interpreted(*NAMES[NUM_FAST:], timeout=400))
