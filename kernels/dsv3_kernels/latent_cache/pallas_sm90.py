@@ -191,10 +191,10 @@ def _unit_a_warp(rows: int) -> Any:
 
 
 def _warps(rows: int, axis: int) -> tuple[Any, ...]:
-    """The four warps over `axis`, which has `rows`."""
-    return (
-        (axis,) if rows == ROWS else (axis, plgpu.Replicated(ROWS // rows)) if rows > 1 else (plgpu.Replicated(ROWS),)
-    )
+    """The four warps over `axis`, which has `rows`: several make the same row where there are fewer than four."""
+    if rows == ROWS:
+        return (axis,)
+    return (axis, plgpu.Replicated(ROWS // rows)) if rows > 1 else (plgpu.Replicated(ROWS),)
 
 
 def _load(ref, layout) -> jax.Array:
