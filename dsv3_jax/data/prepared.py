@@ -39,6 +39,14 @@ class PreparedData:
         """The held-out documents, byte for byte."""
         return (self.tokenizer.decode(self.heldout[i]).encode() for i in range(len(self.heldout)))
 
+    def digest(self) -> dict[str, str]:
+        """SHA-256 of "tokenizer", "train" and "heldout": equal exactly where ids and tokens are; no shard is read."""
+        return {
+            "tokenizer": file_sha256(self.folder / TOKENIZER_NAME),
+            "train": self.train.digest(),
+            "heldout": self.heldout.digest(),
+        }
+
 
 def open_prepared(cfg: DataConfig, model: ModelConfig, folder: Path) -> PreparedData:
     """Opens what `prepare` made.
@@ -86,6 +94,11 @@ def scan(cfg: DataConfig, listing: corpus.Listing, tally: corpus.Tally) -> tuple
         hashes.append(split.content_hash(document.text))
         num_bytes += len(document.text.encode())
     return np.array(hashes, np.uint64), num_bytes
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a small file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def content_fingerprint(hashes: UInt64[np.ndarray, "N"]) -> str:

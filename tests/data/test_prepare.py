@@ -51,6 +51,20 @@ def test_the_same_corpus_gives_the_same_files(cfg, model, prepared, tmp_path):
         assert (again.folder / name).read_bytes() == (prepared.folder / name).read_bytes()
 
 
+def test_the_digest_names_what_differs(cfg, model, prepared, small_tokenizer, tmp_path):
+    def digest(name, **changes):
+        return prepare(dataclasses.replace(cfg, **changes), model, tmp_path / name, say=lambda line: None).digest()
+
+    file = tmp_path / "tokenizer.json"
+    file.write_text(small_tokenizer.to_json(), encoding="utf-8")
+    first = digest("first")
+    assert first == prepared.digest() == json.loads(json.dumps(first))
+    second = digest("second", tokenizer=str(file))
+    assert all(first[part] != second[part] for part in ("tokenizer", "train", "heldout"))
+    third = digest("third", tokenizer=str(file), heldout_fraction=0.4)
+    assert [part for part in second if second[part] != third[part]] == ["train", "heldout"]
+
+
 def test_changed_sources_are_reported_and_not_used(cfg, model, folder_of_text, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(folder_of_text, source)
