@@ -1,8 +1,12 @@
 """How the project refuses what a user gave it."""
 
+import dataclasses
+import math
+from typing import Any
+
 
 class UserError(Exception):
-    """Something the user can mend: the message gives value, rule and remedy. Programs exit with code 2 on it."""
+    """Something the user can fix: the message gives value, rule and what to do. Programs exit with code 2 on it."""
 
 
 class ConfigError(UserError, ValueError):
@@ -13,3 +17,25 @@ def check(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def check_finite(config: Any) -> None:
+    """Refuses a number field of the dataclass `config` that holds NaN, infinity, a bool or more than 64 bits.
+
+    For the `__post_init__` of every configuration class, before its other checks: NaN passes or fails a comparison by
+    how it is written.
+
+    Raises:
+        ConfigError: names field, value and class.
+    """
+    where = type(config).__name__
+    for field in dataclasses.fields(config):
+        value, place = getattr(config, field.name), f"({where}.{field.name})"
+        if field.type is int:
+            check(type(value) is int, f"{field.name}={value!r} is not a whole number; give an int {place}.")
+        if field.type is float:
+            check(type(value) in (int, float), f"{field.name}={value!r} is not a number; give a float {place}.")
+        if isinstance(value, float):
+            check(math.isfinite(value), f"{field.name}={value} is not finite; give a finite number {place}.")
+        if isinstance(value, int):
+            check(-(2**63) <= value < 2**63, f"{field.name} has more than 64 bits; give a number below 2^63 {place}.")

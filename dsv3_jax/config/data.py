@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from dsv3_jax.config.check import check
+from dsv3_jax.config.check import check, check_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class DataConfig:
     heldout_overlap: float = 0.5
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check(
             isinstance(self.paths, tuple) and all(isinstance(path, str) and path for path in self.paths),
             f"paths={self.paths!r} must be a tuple of non-empty strings; write data.paths=('my/folder',) (DataConfig).",

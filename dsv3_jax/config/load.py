@@ -230,7 +230,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if typing.get_origin(hint) is typing.Literal:
         check(value in typing.get_args(hint), f"{key}={value!r}: not {_say(hint)}.")
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     check(type(value) is hint, f"{key}={value!r}: not {_say(hint)}.")
     return value

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-from dsv3_jax.config.check import check
+from dsv3_jax.config.check import check, check_finite
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.train import TrainConfig
@@ -28,6 +28,7 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check(
             self.precision in get_args(Precision),
             f"precision={self.precision!r} is unknown; use one of {', '.join(get_args(Precision))} "

@@ -7,7 +7,7 @@ Lengths are tokens (batch tokens = sequences x sequence length), cadences are op
 import dataclasses
 from typing import Literal
 
-from dsv3_jax.config.check import check
+from dsv3_jax.config.check import check, check_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class LearningRateConfig:
     low_tokens: int = 333_000_000_000
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("peak", "low", "final", "warmup_tokens", "cosine_tokens", "low_tokens"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative (LearningRateConfig.{name}).")
         check(
@@ -55,8 +56,10 @@ class BatchConfig:
     micro: int = 3072
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("start", "full", "micro"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (BatchConfig.{name}).")
+        for name in ("start", "full"):
             check(
                 getattr(self, name) % self.micro == 0,
                 f"{name}={getattr(self, name)} sequences are not whole micro-batches of micro={self.micro}; "
@@ -82,6 +85,7 @@ class OptimizerConfig:
     moment_dtype: Literal["recipe", "float32", "bfloat16"] = "recipe"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is outside [0, 1) (OptimizerConfig).")
         for name in ("epsilon", "clip_norm"):
@@ -109,6 +113,7 @@ class AuxiliaryConfig:
     balance_weight: float = 1e-4
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for field in dataclasses.fields(self):
             check(
                 getattr(self, field.name) >= 0,
@@ -133,6 +138,7 @@ class OutputConfig:
     sample_tokens: int = 128
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check(self.log_every > 0, f"log_every={self.log_every} must be at least 1 (OutputConfig).")
         check(self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be at least 1 (OutputConfig).")
         for name in ("eval_every", "eval_batches", "checkpoint_every", "sample_tokens"):
@@ -162,6 +168,7 @@ class TrainConfig:
     loss_chunk_size: int = 512
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("seq_len", "total_tokens", "ema_every", "loss_chunk_size"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (TrainConfig.{name}).")
         check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} is outside [0, 1); 0 = none (TrainConfig).")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_jax.config.check import ConfigError
+from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.load import diff, fields_of, flatten, from_dict, load_config, override, to_dict
 from dsv3_jax.config.run import RunConfig
+from dsv3_jax.config.train import (
+    AuxiliaryConfig,
+    BatchConfig,
+    LearningRateConfig,
+    OptimizerConfig,
+    OutputConfig,
+    TrainConfig,
+)
 
 CONFIGS = ("tiny", "bench_30m", "v2_lite_16b", "dsv3_671b")
 
@@ -91,11 +101,31 @@ def test_fields_that_belong_together_change_together(tiny: RunConfig):
         ("model.moe.num_experts=17", "not divisible"),
         ("train.batch.full=13", "whole micro-batches"),
         ("data.paths=[1]", "not text"),
+        ("train.batch.micro=0", "micro=0 must be positive"),
+        ("train.lr.peak=inf", r"peak=inf is not finite.*LearningRateConfig\.peak"),
+        ("train.lr.peak=1e999", "peak=inf is not finite"),
+        ("train.optimizer.weight_decay=inf", "weight_decay=inf is not finite"),
+        ("train.optimizer.clip_norm=nan", "clip_norm=nan is not finite"),
+        ("train.auxiliary.balance_weight=nan", "balance_weight=nan is not finite"),
+        ("data.fim_rate=-inf", "fim_rate=-inf is not finite"),
+        ("train.seq_len=inf", "not a whole number"),
+        (f"train.total_tokens={10**400}", "more than 64 bits"),
+        (f"train.total_tokens={'9' * 5000}", "not a whole number"),
     ],
 )
 def test_what_cannot_be_set_is_refused_with_the_reason(tiny: RunConfig, text: str, message: str):
     with pytest.raises(ConfigError, match=message):
         override(tiny, [text])
+
+
+def test_a_number_field_takes_finite_numbers_only():
+    wrong = {int: (True, 10**400), float: (True, 10**400, math.nan, -math.inf)}
+    groups = (DataConfig, LearningRateConfig, BatchConfig, OptimizerConfig, AuxiliaryConfig, OutputConfig, TrainConfig)
+    for cls in groups:
+        for field in dataclasses.fields(cls):
+            for value in wrong.get(field.type, ()):
+                with pytest.raises(ConfigError, match=rf"{field.name}.*{cls.__name__}\.{field.name}"):
+                    cls(**{field.name: value})
 
 
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path):
@@ -133,11 +163,5 @@ def test_diff_lists_what_changed_and_nothing_else(tiny: RunConfig):
 
 @given(st.integers(min_value=1, max_value=10**16))
 def test_token_counts_stay_exact(tokens: int):
-    cfg = dataclasses.replace(_any(), total_tokens=tokens)
-    assert from_dict(to_dict(cfg), type(cfg)).total_tokens == tokens
-
-
-def _any():
-    from dsv3_jax.config.train import TrainConfig
-
-    return TrainConfig()
+    cfg = TrainConfig(total_tokens=tokens)
+    assert from_dict(to_dict(cfg), TrainConfig).total_tokens == tokens
