@@ -1,14 +1,13 @@
 """The tree of the repository keeps its promises: imports point one way, files stay small, nothing machine-bound."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,59 +111,114 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, `from a import b` as a.b; anywhere in the file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+@functools.cache
+def _imports(path: Path) -> list[str]:
+    """Dotted names that a file imports, `from a import b` as a.b; a relative import begins with a dot."""
+    found = []
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{_name(path)}:{node.lineno} imports relatively; write the full name"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            origin = "." * node.level + (f"{node.module}." if node.module else "")
+            found += [origin + alias.name for alias in node.names]
+    return found
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _import_roots(path: Path) -> set[str]:
+    """Top-level packages that a file imports."""
+    return {module.split(".")[0] for module in _imports(path)}
 
 
 def _is_within(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=_name)
-def test_imports_point_one_way(path: Path) -> None:
-    name = _name(path)
-    if name.startswith(EDGES):
-        return
-    part = max((part for part in ALLOWED if name == part or name.startswith(part + "/")), key=len, default=None)
-    assert part is not None, f"{name} lies in no part that ALLOWED knows"
-    own = "dsv3_kernels" if part.startswith("kernels") else ".".join(Path(name).parts[:2])
-    allowed = [*ALLOWED[part], own]
-    ours = [module for module in _imports(path) if module.split(".")[0] in ("dsv3_jax", "dsv3_kernels")]
-    wrong = [module for module in ours if not any(_is_within(module, package) for package in allowed)]
-    assert not wrong, f"{name} may import {allowed}, not {wrong}"
+def _assert_none(offenders: Iterable[str]) -> None:
+    """Fails with all offenders, one a line."""
+    found = list(offenders)
+    assert not found, "\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize("name", PURE)
-def test_pure_parts_touch_no_files_and_no_clock(name: str) -> None:
-    paths = [path for path in LIBRARY if _name(path) == name or _name(path).startswith(name + "/")]
-    if name != "dsv3_jax/precision":
-        assert paths, f"{name} does not exist; correct PURE"
-    for path in paths:
-        wrong = IMPURE_MODULES & {module.split(".")[0] for module in _imports(path)}
-        assert not wrong, f"{_name(path)} is pure but imports {sorted(wrong)}"
+def test_imports_are_absolute() -> None:
+    _assert_none(
+        f"{_name(path)} imports {module}; write the full name"
+        for path in SOURCES
+        for module in _imports(path)
+        if module.startswith(".")
+    )
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_file_is_small_and_finished(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 500, f"{_name(path)} has {len(text.splitlines())} lines; split it by idea"
-    is_test = _name(path).startswith("tests/")
-    assert is_test or text == "" or ast.get_docstring(ast.parse(text)), f"{_name(path)} has no docstring"
-    marks = "TO" + "DO|FIX" + "ME|XX" + "X|HA" + "CK"
-    assert not re.search(rf"\b({marks})\b", text), f"{_name(path)} has an unfinished mark"
-    assert not re.search(r"^\s*\.\.\.\s*$", text, re.MULTILINE) or "Protocol" in text, f"{_name(path)} has a stub"
+def test_imports_point_one_way() -> None:
+    def offenders() -> Iterator[str]:
+        for path in LIBRARY:
+            name = _name(path)
+            if name.startswith(EDGES):
+                continue
+            parts = [part for part in ALLOWED if name == part or name.startswith(part + "/")]
+            if not parts:
+                yield f"{name} lies in no part that ALLOWED knows"
+                continue
+            part = max(parts, key=len)
+            own = "dsv3_kernels" if part.startswith("kernels") else ".".join(Path(name).parts[:2])
+            allowed = [*ALLOWED[part], own]
+            ours = [module for module in _imports(path) if module.split(".")[0] in ("dsv3_jax", "dsv3_kernels")]
+            wrong = [module for module in ours if not any(_is_within(module, package) for package in allowed)]
+            if wrong:
+                yield f"{name} may import {allowed}, not {wrong}"
+
+    _assert_none(offenders())
+
+
+def test_pure_parts_touch_no_files_and_no_clock() -> None:
+    def offenders() -> Iterator[str]:
+        for part in PURE:
+            paths = [path for path in LIBRARY if _name(path) == part or _name(path).startswith(part + "/")]
+            if not paths:
+                yield f"{part} does not exist; correct PURE"
+            wrong = {_name(path): sorted(IMPURE_MODULES & _import_roots(path)) for path in paths}
+            yield from (f"{name} is pure but imports {modules}" for name, modules in wrong.items() if modules)
+
+    _assert_none(offenders())
+
+
+def test_files_are_small() -> None:
+    lengths = {_name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    _assert_none(f"{name} has {length} lines; split it by idea" for name, length in lengths.items() if length >= 500)
+
+
+def test_files_say_what_they_are() -> None:
+    _assert_none(
+        f"{_name(path)} has no docstring"
+        for path in SOURCES
+        if not _name(path).startswith("tests/") and path.stat().st_size and not ast.get_docstring(_tree(path))
+    )
+
+
+def test_files_are_finished() -> None:
+    marks = re.compile(r"\b(TO" + "DO|FIX" + "ME|XX" + "X|HA" + r"CK)\b")
+    stub = re.compile(r"^\s*\.\.\.\s*$", re.MULTILINE)
+
+    def offenders() -> Iterator[str]:
+        for path in SOURCES:
+            text = path.read_text(encoding="utf-8")
+            if marks.search(text):
+                yield f"{_name(path)} has an unfinished mark"
+            if stub.search(text) and "Protocol" not in text:
+                yield f"{_name(path)} has a stub"
+
+    _assert_none(offenders())
 
 
 def test_no_pickle() -> None:
-    for path in SOURCES:
-        wrong = {"pickle", "cloudpickle", "dill", "joblib", "shelve"} & {m.split(".")[0] for m in _imports(path)}
-        assert not wrong, f"{_name(path)} imports {sorted(wrong)}"
+    pickles = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
+    _assert_none(
+        f"{_name(path)} imports {pickles & _import_roots(path)}" for path in SOURCES if pickles & _import_roots(path)
+    )
 
 
 def test_no_machine_paths() -> None:
@@ -172,11 +226,16 @@ def test_no_machine_paths() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     names = listed.stdout.splitlines() if listed.returncode == 0 else [_name(path) for path in SOURCES]
     machine = re.compile(r"(?<![\w.$}])/(home|Users|work|root|opt|mnt|scratch)/[A-Za-z0-9]")
-    for name in names:
-        path = ROOT / name
-        if path.suffix in text_suffixes and path.is_file() and path != Path(__file__):
-            found = machine.search(path.read_text(encoding="utf-8"))
-            assert not found, f"{name} names a path of one machine: {found.group() if found else ''}"
+
+    def offenders() -> Iterator[str]:
+        for name in names:
+            path = ROOT / name
+            if path.suffix in text_suffixes and path.is_file() and path != Path(__file__):
+                found = machine.search(path.read_text(encoding="utf-8"))
+                if found:
+                    yield f"{name} names a path of one machine: {found.group()}"
+
+    _assert_none(offenders())
 
 
 def test_constraints_name_no_index() -> None:
