@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import rich.console
 
+from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
 from dsv3_jax.planning.flops import train_flops_per_token
@@ -171,11 +172,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=HELP + "\nkeys for --set:\n  " + "\n  ".join(fields_of()),
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/, or your own like it")
+    add_config_arguments(parser, "--config")
     parser.add_argument("--run-dir", default="runs/default", metavar="DIR", help="where everything of this run goes")
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="key=value", help="change fields of the configuration"
-    )
     parser.add_argument("--print-config", action="store_true", help="print every key and value, and stop")
     return parser.parse_args(arguments)
 

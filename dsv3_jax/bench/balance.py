@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.run import RunConfig
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_jax.bench.balance", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("config", nargs="?", default="configs/tiny.py")
+    add_config_arguments(parser, default="configs/tiny.py")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=4, help="sequences a step")
     parser.add_argument("--bias-speed", type=float, default=0.01)
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     try:
-        cfg = load_config(given.config)
+        cfg = load_config(given.config, given.set)
         batch = BatchConfig(start=given.rows, full=given.rows, ramp_tokens=0, micro=given.rows)
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch=batch))
         with tempfile.TemporaryDirectory() as temporary:

@@ -23,6 +23,7 @@ import rich.table
 from dsv3_jax.bench.machine import describe, peak_memory_gib
 from dsv3_jax.bench.peer_client import Peer
 from dsv3_jax.bench.timing import median_ratio, summary, take_turns, timed
+from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
@@ -176,8 +177,7 @@ def _print_table(result: dict[str, Any]) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dsv3_jax.bench.decode", description="Speed of generation.")
-    parser.add_argument("config", help="a file of configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one configuration key")
+    add_config_arguments(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="batch sizes")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each; the median counts")
     parser.add_argument("--peer", metavar="PYTHON", help="also measure transformers, with this interpreter")

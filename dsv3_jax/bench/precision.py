@@ -24,6 +24,7 @@ from dsv3_jax.bench.machine import describe
 from dsv3_jax.bench.precision_errors import BASE, read_losses, summary, table
 from dsv3_jax.bench.precision_plot import plot
 from dsv3_jax.bench.timing import Stopwatch
+from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.run import RunConfig
@@ -129,8 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_jax.bench.precision", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("config", nargs="?", default="configs/tiny.py")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
+    add_config_arguments(parser, default="configs/tiny.py")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm from each")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which to train now")

@@ -24,6 +24,7 @@ import rich.table
 from dsv3_jax.bench.machine import describe, peak_memory_gib
 from dsv3_jax.bench.peer_client import Peer
 from dsv3_jax.bench.timing import median_ratio, summary, take_turns, timed
+from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.run import RunConfig
@@ -182,8 +183,7 @@ def _print_table(result: dict[str, Any]) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dsv3_jax.bench.train", description="Speed of a training step.")
-    parser.add_argument("config", help="a file of configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one configuration key")
+    add_config_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each model; the median counts")
     parser.add_argument("--experts", type=int, metavar="N", help="also measure the model with N experts")
     parser.add_argument("--peer", metavar="PYTHON", help="also measure transformers, with this interpreter")

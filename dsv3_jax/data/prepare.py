@@ -19,6 +19,7 @@ import tokenizers
 from rich.console import Console
 from rich.progress import Progress
 
+from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.load import load_config
@@ -69,9 +70,8 @@ def prepare(
 def main(arguments: list[str] | None = None) -> int:
     """Runs `prepare` from the command line; 2 on an error the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m dsv3_jax.data.prepare", description=__doc__)
-    parser.add_argument("--config", required=True, help="a file of configs/")
+    add_config_arguments(parser, "--config")
     parser.add_argument("--run-dir", required=True, help="folder of the run; the data goes to its data/")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one field")
     given = parser.parse_args(arguments)
     try:
         cfg = load_config(given.config, given.set)

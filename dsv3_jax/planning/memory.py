@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_jax.planning.memory", description="What a layer keeps for its backward pass."
     )
-    parser.add_argument("config", help="a file of configs/")
+    add_config_arguments(parser)
     parser.add_argument("--rows", type=int, default=1, help="sequences (default 1)")
     parser.add_argument(
         "--compile",
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         check(args.rows > 0, f"--rows {args.rows} must be at least 1.")
-        cfg = load_config(args.config)
+        cfg = load_config(args.config, args.set)
         model, shape = cfg.model, {"rows": args.rows, "seq_len": cfg.train.seq_len}
         for name, count, is_moe in (("dense", model.num_dense_layers, False), ("MoE", model.num_moe_layers, True)):
             if count:

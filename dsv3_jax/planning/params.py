@@ -18,6 +18,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
@@ -193,14 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_jax.planning.params", description="Counts the parameters of a configuration."
     )
-    parser.add_argument("config", help="a file of configs/")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    add_config_arguments(parser)
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="one JSON object")
     shape.add_argument("--tree", action="store_true", help="path, shape, dtype and axes, one line a leaf")
     args = parser.parse_args(arguments)
     try:
-        cfg = load_config(args.config, args.overrides)
+        cfg = load_config(args.config, args.set)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
