@@ -1,7 +1,7 @@
 """Official checkpoint folders to variables and back."""
 
 import dataclasses
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.convert import put_official, to_official
 from dsv3_jax.interop.hf_config import fp8_block, from_hf
 from dsv3_jax.interop.hf_names import IGNORED_SUFFIXES, SCALE_SUFFIX, Entry, entries, flatten, unflatten
-from dsv3_jax.interop.safetensors_io import CheckpointError, StoredTensor, read_folder
+from dsv3_jax.interop.json_file import CheckpointError, read_json
+from dsv3_jax.interop.safetensors_io import StoredTensor, read_folder
 from dsv3_jax.interop.save import save_pretrained
 from dsv3_jax.model.params import abstract_params
 from dsv3_jax.typing import Variables
@@ -57,17 +58,11 @@ def load_pretrained(folder: str | Path, dtype: str = "float32") -> tuple[ModelCo
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of an official folder. Raises: `CheckpointError` when there is none to read."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: is not a folder; give a local folder with config.json and weights.")
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         raise CheckpointError(f"{folder}: has no config.json; give the folder of a checkpoint in the official format.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: is not JSON ({error}); fetch it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: must be a JSON object, not {type(config).__name__}.")
-    return config
+    return read_json(folder / "config.json")
 
 
 _Found = tuple[Entry, StoredTensor, StoredTensor | None]

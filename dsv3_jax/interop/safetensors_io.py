@@ -9,12 +9,12 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from dsv3_jax.config.check import UserError
+from dsv3_jax.interop.json_file import MAX_BYTES, CheckpointError, open_file, parse_json, read_json, shorten
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -26,10 +26,15 @@ DTYPES: dict[str, np.dtype] = {
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, broken, or not what its configuration says."""
+_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+"""Bits of an element of each type that the format has."""
 
 
 class StoredTensor(NamedTuple):
@@ -67,32 +72,38 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     Raises: `CheckpointError` naming the file for a missing or truncated shard, a broken index, or a tensor that is
     not in the shard that the index names.
     """
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
+    if not os.path.lexists(folder / INDEX):
+        if not os.path.lexists(folder / SINGLE):
             raise CheckpointError(f"{folder}: has neither {INDEX} nor {SINGLE}; give a folder of safetensors weights.")
         return read_header(folder / SINGLE)
     weight_map = _read_index(folder / INDEX)
+    if os.path.lexists(folder / SINGLE) and SINGLE not in weight_map.values():
+        raise CheckpointError(
+            f"{folder}: has {SINGLE} and {INDEX}, which does not list it: two checkpoints, of which programs read "
+            "one or the other; move one of them away."
+        )
     files: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         files.setdefault(name, []).append(tensor)
     found: dict[str, StoredTensor] = {}
     for name, tensors in sorted(files.items()):
-        if not (folder / name).is_file():
+        if not os.path.lexists(folder / name):
             raise CheckpointError(
                 f"{folder / name}: shard is missing; {INDEX} places {len(tensors)} tensors in it, such as "
-                f"{tensors[0]!r}. Fetch the file again."
+                f"{shorten(tensors[0])!r}. Fetch the file again."
             )
         header = read_header(folder / name)
         for tensor in tensors:
             if tensor not in header:
                 raise CheckpointError(
-                    f"{folder / name}: tensor {tensor!r} is not in this shard, where {INDEX} places it; "
+                    f"{folder / name}: tensor {shorten(tensor)!r} is not in this shard, where {INDEX} places it; "
                     "index and shards are from different checkpoints, fetch them together."
                 )
         for tensor in header:
-            if tensor not in weight_map:
+            if weight_map.get(tensor) != name:
+                place = f"places in {weight_map[tensor]}" if tensor in weight_map else "does not list"
                 raise CheckpointError(
-                    f"{folder / name}: holds tensor {tensor!r}, which {INDEX} does not list; "
+                    f"{folder / name}: holds tensor {shorten(tensor)!r}, which {INDEX} {place}; "
                     "index and shards are from different checkpoints, fetch them together."
                 )
         found.update((tensor, header[tensor]) for tensor in tensors)
@@ -100,57 +111,36 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+    """The tensors of one file, which must cover its data from the first byte to the last, without overlap.
 
-    Raises: `CheckpointError` when the file is not safetensors or is shorter or longer than its header says.
+    Raises: `CheckpointError` when the file is not safetensors, its header contradicts itself, or it is shorter or
+        longer than its header says.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
+    header, begin = _read_json_header(file)
+    tensors = [_stored(file, name, value, begin) for name, value in header.items() if name != "__metadata__"]
+    end, before = begin, None
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start != end:
+            problem = "overlaps" if tensor.start < end else "leaves a hole after"
+            what = "the header" if before is None else f"tensor {before.name!r}"
             raise CheckpointError(
-                f"{file}: is truncated or not safetensors: {size} bytes, but its header alone claims {length}; "
-                "fetch the file again."
+                f"{file}: tensor {shorten(tensor.name)!r} {problem} {what}; its data must begin where that ends; "
+                "the file is damaged, fetch it again."
             )
-        text = stream.read(length)
-    try:
-        header = json.loads(text)
-        tensors = {
-            name: StoredTensor(
-                name,
-                file,
-                value["dtype"],
-                tuple(int(n) for n in value["shape"]),
-                8 + length + int(value["data_offsets"][0]),
-                8 + length + int(value["data_offsets"][1]),
-            )
-            for name, value in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file}: its safetensors header cannot be read ({error}); fetch it again.") from error
-    end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
+        end, before = tensor.stop, tensor
+    size = file.stat().st_size
     if size != end:
         raise CheckpointError(
             f"{file}: has {size} bytes, but its header places tensors up to byte {end}; "
             "the file is truncated or damaged, fetch it again."
         )
-    for tensor in tensors.values():
-        dtype = DTYPES.get(tensor.dtype)
-        expected = tensor.stop - tensor.start if dtype is None else math.prod(tensor.shape) * dtype.itemsize
-        if tensor.stop - tensor.start != expected or tensor.start < 8 + length:
-            raise CheckpointError(
-                f"{file}: tensor {tensor.name!r} of shape {tensor.shape} and dtype {tensor.dtype} needs {expected} "
-                f"bytes, but its offsets span {tensor.stop - tensor.start}; the file is damaged, fetch it again."
-            )
-    return tensors
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The free text that the writer put into the header."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return header.get("__metadata__", {})
+    """The free text that the writer put into the header. Raises: as `read_header` for a header that is not read."""
+    header, _ = _read_json_header(file)
+    return header.get("__metadata__") or {}
 
 
 def write_file(
@@ -188,12 +178,74 @@ def write_file(
         os.fsync(stream.fileno())
 
 
+def _read_json_header(file: Path) -> tuple[dict[str, Any], int]:
+    """(header, where the data begin)."""
+    with open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{file}: is truncated or not safetensors: {size} bytes, but its header alone claims {length}; "
+                "fetch the file again."
+            )
+        if length > MAX_BYTES:
+            raise CheckpointError(
+                f"{file}: is not safetensors: its header claims {length:,} bytes, but the format allows {MAX_BYTES:,}; "
+                "fetch the file again."
+            )
+        text = stream.read(length)
+    header = parse_json(text, name=f"{file}: its safetensors header")
+    metadata = header.get("__metadata__")
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise CheckpointError(
+            f"{file}: __metadata__ of its safetensors header must be an object of strings; "
+            "write the file again with the safetensors library."
+        )
+    return header, 8 + length
+
+
+def _stored(file: Path, name: str, value: Any, begin: int) -> StoredTensor:
+    """One entry of a header, checked on its own."""
+    given = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = given.get("dtype"), given.get("shape"), given.get("data_offsets")
+    if not (isinstance(dtype, str) and _are_whole(shape) and _are_whole(offsets) and len(offsets) == 2):
+        raise CheckpointError(
+            f"{file}: tensor {shorten(name)!r} is described by {shorten(repr(value))}, but needs a dtype, a shape of "
+            "whole numbers and two data_offsets; the file is damaged, fetch it again."
+        )
+    if dtype not in _BITS:
+        raise CheckpointError(
+            f"{file}: tensor {shorten(name)!r} has dtype {shorten(dtype)!r}, which the safetensors format does not "
+            f"have; write it as one of {', '.join(DTYPES)}."
+        )
+    start, stop = offsets
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits != 8 * (stop - start):
+        raise CheckpointError(
+            f"{file}: tensor {shorten(name)!r} of shape {shorten(str(tuple(shape)))} and dtype {dtype} needs "
+            f"{-(-bits // 8)} bytes, but its offsets span {stop - start}; the file is damaged, fetch it again."
+        )
+    return StoredTensor(name, file, dtype, tuple(shape), begin + start, begin + stop)
+
+
+def _are_whole(values: Any) -> bool:
+    """Whether it is a list of whole numbers that fit 64 bits."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
 def _read_index(file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as an index ({error!r}); fetch it again.") from error
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{file}: cannot be read as an index: weight_map must be an object of tensor names and file names, "
+            f"not {shorten(repr(weight_map))}; fetch it again."
+        )
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{file}: places tensor {tensor!r} in {name!r}, which is not a file of this folder.")
+        if not (isinstance(name, str) and Path(name).name == name != "" and name != ".." and name.isprintable()):
+            raise CheckpointError(
+                f"{file}: places tensor {shorten(tensor)!r} in {shorten(repr(name))}, which is not the name of a file "
+                "of this folder; fetch it again."
+            )
     return weight_map
