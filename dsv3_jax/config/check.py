@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 
 class UserError(Exception):
@@ -20,7 +21,9 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_finite(config: Any) -> None:
-    """Refuses a number field of the dataclass `config` that holds NaN, infinity, a bool or more than 64 bits.
+    """Refuses a field of the dataclass `config` that holds NaN, infinity, more than 64 bits or another type.
+
+    Numbers and truth values are looked at, a number that may be None too.
 
     For the `__post_init__` of every configuration class, before its other checks: NaN passes or fails a comparison by
     how it is written.
@@ -31,9 +34,14 @@ def check_finite(config: Any) -> None:
     where = type(config).__name__
     for field in dataclasses.fields(config):
         value, place = getattr(config, field.name), f"({where}.{field.name})"
-        if field.type is int:
+        kinds = get_args(field.type) or (field.type,)
+        if value is None and NoneType in kinds:
+            continue
+        if field.type is bool:
+            check(type(value) is bool, f"{field.name}={value!r} is not a truth value; give True or False {place}.")
+        if int in kinds:
             check(type(value) is int, f"{field.name}={value!r} is not a whole number; give an int {place}.")
-        if field.type is float:
+        if float in kinds:
             check(type(value) in (int, float), f"{field.name}={value!r} is not a number; give a float {place}.")
         if isinstance(value, float):
             check(math.isfinite(value), f"{field.name}={value} is not finite; give a finite number {place}.")

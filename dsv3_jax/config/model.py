@@ -7,15 +7,16 @@ Every dimension that contradicts another is refused here, so nothing below has t
 import dataclasses
 from typing import Literal
 
-from dsv3_jax.config.check import check
+from dsv3_jax.config.check import check, check_finite
 
 
 @dataclasses.dataclass(frozen=True)
 class YarnConfig:
     """YaRN context extension (arXiv 2309.00071; report section 4.3).
 
-    `factor` is the paper's s, `beta_fast` its β, `beta_slow` its α. Applied at all lengths,
-    as in the released weights, not only past `original_max_position`.
+    `factor` is the paper's s, `beta_fast` its β, `beta_slow` its α; where both are equal (Kimi-K2) the blend of slow
+    and fast pairs is one step. Applied at all lengths, as in the released weights, not only past
+    `original_max_position`.
     """
 
     factor: float = 40.0
@@ -26,15 +27,18 @@ class YarnConfig:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check(self.factor >= 1.0, f"factor={self.factor} shrinks the context; use 1.0 or more (YarnConfig.factor).")
         check(
             self.original_max_position > 0,
             f"original_max_position={self.original_max_position} must be positive (YarnConfig).",
         )
         check(
-            self.beta_fast > self.beta_slow > 0,
-            f"beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow} > 0 (YarnConfig).",
+            self.beta_fast >= self.beta_slow > 0,
+            f"beta_fast={self.beta_fast} must be at least beta_slow={self.beta_slow}, and that above 0 (YarnConfig).",
         )
+        for name in ("mscale", "mscale_all_dim"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative; use 0 for none (YarnConfig).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class MLAConfig:
     v_head_dim: int = 128
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("num_heads", "kv_latent_dim", "nope_head_dim", "rope_head_dim", "v_head_dim"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (MLAConfig.{name}).")
         check(
@@ -92,7 +97,8 @@ class MoEConfig:
     scale: float = 2.5
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "expert_dim", "num_groups", "groups_per_token"):
+        check_finite(self)
+        for name in ("num_experts", "top_k", "expert_dim", "num_groups", "groups_per_token", "scale"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (MoEConfig.{name}).")
         check(
             self.num_shared_experts >= 0,
@@ -132,6 +138,7 @@ class ModelConfig:
     The first `num_dense_layers` of `num_layers` have a dense feed-forward of width `ffn_dim`, the rest `moe`.
     `mtp_depth` multi-token-prediction modules follow (paper: D). `latent_norm_eps` is fixed at 1e-6 in the
     released code whatever `norm_eps` says. Weights start as N(0, `init_std`²) (report section 4.2).
+    `bos_id` None: texts begin without a mark, so their first token is not predicted.
     """
 
     vocab_size: int = 129280
@@ -148,10 +155,11 @@ class ModelConfig:
     norm_eps: float = 1e-6
     latent_norm_eps: float = 1e-6
     init_std: float = 0.006
-    bos_id: int = 0
+    bos_id: int | None = 0
     eos_id: int = 1
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("vocab_size", "model_dim", "num_layers", "ffn_dim", "max_position", "init_std", "rope_theta"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (ModelConfig.{name}).")
         check(
@@ -159,10 +167,16 @@ class ModelConfig:
             f"num_dense_layers={self.num_dense_layers} must lie in 0..num_layers={self.num_layers} (ModelConfig).",
         )
         check(self.mtp_depth >= 0, f"mtp_depth={self.mtp_depth} is negative; use 0 for none (ModelConfig).")
-        for name in ("bos_id", "eos_id"):
+        for name in ("norm_eps", "latent_norm_eps"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative (ModelConfig.{name}).")
+        check(
+            self.yarn is None or self.rope_theta > 1,
+            f"rope_theta={self.rope_theta} must exceed 1, as YaRN divides by its logarithm (ModelConfig.rope_theta).",
+        )
+        for name, value in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
             check(
-                0 <= getattr(self, name) < self.vocab_size,
-                f"{name}={getattr(self, name)} is outside vocab_size={self.vocab_size} (ModelConfig.{name}).",
+                value is None or 0 <= value < self.vocab_size,
+                f"{name}={value} is outside vocab_size={self.vocab_size} (ModelConfig.{name}).",
             )
 
     @property

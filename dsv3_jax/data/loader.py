@@ -142,10 +142,11 @@ def _finish(rows: dict[str, np.ndarray]) -> Batch:
 
 
 def _windows(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> Iterator[Batch]:
+    num_marks = 1 if tokenizer.bos_id is None else 2
     places = [
         (record, *window)
         for record in range(len(shards))
-        for window in pack.heldout_windows(len(shards[record]) + 2, seq_len, overlap)
+        for window in pack.heldout_windows(len(shards[record]) + num_marks, seq_len, overlap)
     ]
     sizes = tokenizer.bytes_per_token
     for place in np.random.default_rng(0).permutation(len(places)):

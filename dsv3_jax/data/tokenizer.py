@@ -38,7 +38,7 @@ _WORDS = "|".join(
 class TextTokenizer:
     """A tokenizer.json with the roles the project needs; special tokens written in a text stay text."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, bos_id: int = 0, eos_id: int = 1):
+    def __init__(self, inner: tokenizers.Tokenizer, *, bos_id: int | None = 0, eos_id: int = 1):
         inner.encode_special_tokens = True
         self._inner = inner
         self.bos_id = bos_id
@@ -70,6 +70,10 @@ class TextTokenizer:
     def encode(self, text: str) -> Int[np.ndarray, "N"]:
         """Ids of a text, without bos and eos."""
         return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a text to continue: bos, where texts begin with it, and the text's."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *(int(i) for i in self.encode(text))]
 
     def encode_many(self, texts: Sequence[str]) -> list[Int[np.ndarray, "_"]]:
         """`encode` of each, on all cores."""
@@ -141,7 +145,7 @@ def train(texts: Iterator[str], *, vocab_size: int) -> TextTokenizer:
     return TextTokenizer(inner)
 
 
-def load(path: str | Path, *, bos_id: int = 0, eos_id: int = 1) -> TextTokenizer:
+def load(path: str | Path, *, bos_id: int | None = 0, eos_id: int = 1) -> TextTokenizer:
     """Reads a tokenizer.json, or the one in a folder.
 
     Raises:
@@ -162,6 +166,6 @@ def load(path: str | Path, *, bos_id: int = 0, eos_id: int = 1) -> TextTokenizer
     except Exception as e:  # the library raises bare Exception
         raise UserError(f"{file} is no tokenizer that tokenizers {tokenizers.__version__} reads ({e}).") from e
     for role, i in (("bos", bos_id), ("eos", eos_id)):
-        if inner.id_to_token(i) is None:
+        if i is not None and inner.id_to_token(i) is None:
             raise UserError(f"{file} has no token {i}, the model's {role}_id; set model.{role}_id to one of its ids.")
     return TextTokenizer(inner, bos_id=bos_id, eos_id=eos_id)

@@ -21,7 +21,8 @@ def inverse_frequencies(rope_dim: int, *, theta: float, yarn: YarnConfig | None)
     """Radians a position for each of the rope_dim/2 pairs, float32.
 
     YaRN divides the slow frequencies by `factor`, keeps the fast ones, and blends linearly between the pair
-    that turns β_fast times within the original context and the one that turns β_slow times.
+    that turns β_fast times within the original context and the one that turns β_slow times. Bounds are rounded
+    outwards, and a blend whose bounds fall outside the pairs is taken as the released code computes it.
     """
     frequencies = 1.0 / theta ** (np.arange(0, rope_dim, 2, dtype=np.float32) / np.float32(rope_dim))
     if yarn is None:
@@ -33,7 +34,7 @@ def inverse_frequencies(rope_dim: int, *, theta: float, yarn: YarnConfig | None)
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), rope_dim - 1)
-    span = max(high - low, 0.001)  # a zero-width blend becomes a step
+    span = high - low or 0.001  # a zero-width blend becomes a step
     kept = 1.0 - np.clip((np.arange(rope_dim // 2, dtype=np.float32) - low) / span, 0.0, 1.0)
     return (frequencies / yarn.factor * (1.0 - kept) + frequencies * kept).astype(np.float32)
 

@@ -81,7 +81,7 @@ def sample_text(run: Run, generate: Generate) -> str | None:
     output, tokenizer = run.cfg.train.output, run.data.tokenizer
     if not output.sample_tokens:
         return None
-    prompt = [tokenizer.bos_id, *(int(i) for i in tokenizer.encode(output.sample_prompt))]
+    prompt = tokenizer.prompt(output.sample_prompt)
     seed = int(np.asarray(run.state.key)[-1] & 0x7FFFFFFF)
     room = run.cfg.model.max_position - len(prompt)
     ids = generate(

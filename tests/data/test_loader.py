@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
-from dsv3_jax.data import fim, loader, pack
+from dsv3_jax.data import fim, loader, pack, tokenizer
 from dsv3_jax.data.prepare import prepare
 from dsv3_jax.data.rows import JoinedRows
 
@@ -214,6 +214,23 @@ def test_heldout_pays_for_every_byte_and_every_end_once(prepared, seq_len, overl
     tokenizer = prepared.tokenizer
     expected = [[*prepared.heldout[i].astype(int), tokenizer.eos_id] for i in range(len(prepared.heldout))]
     assert sorted(np.concatenate(labels).tolist()) == sorted(i for ids in expected for i in ids)
+
+
+def test_without_bos_texts_begin_with_their_first_token(cfg, prepared, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(prepared.tokenizer.to_json(), encoding="utf-8")
+    without = tokenizer.load(file, bos_id=None)
+    assert without.prompt("def") == prepared.tokenizer.prompt("def")[1:] == without.encode("def").tolist()
+    labels = [
+        batch["targets"][batch["loss_mask"] == 1]
+        for batch in loader.heldout_batches(without, prepared.heldout, batch_size=4, seq_len=32, overlap=0.5)
+    ]
+    expected = [[*prepared.heldout[i].astype(int)[1:], without.eos_id] for i in range(len(prepared.heldout))]
+    assert sorted(np.concatenate(labels).tolist()) == sorted(i for ids in expected for i in ids)
+    cfg = dataclasses.replace(cfg, fim_rate=0.0, token_split_rate=0.0, shuffle_rows=1)
+    batches = _iterator(cfg, dataclasses.replace(prepared, tokenizer=without), batch_size=1, seq_len=40)
+    assert prepared.tokenizer.bos_id not in next(batches)["tokens"]
+    batches.close()
 
 
 def test_heldout_is_shared_out_in_equal_numbers_of_batches(prepared):

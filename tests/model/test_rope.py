@@ -92,6 +92,25 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:
     assert (np.diff(ratio) >= -1e-5).all()
 
 
+@pytest.mark.parametrize(
+    ("yarn", "theta", "ratios"),
+    [
+        # Kimi-K2: pair 19.2 turns once in 4096 positions, so the step lies between pairs 19 and 20
+        (YarnConfig(factor=32.0, beta_fast=1.0), 50000.0, [1.0] * 20 + [32.0] * 12),
+        # a pair that turns exactly once is the last one that keeps its frequency
+        (YarnConfig(factor=8.0, original_max_position=1000, beta_fast=500 / math.pi, beta_slow=500 / math.pi), 2.0,
+         [1.0] + [8.0] * 31),
+        # no pair turns so often or so seldom: all on one side, as the released code has it
+        (YarnConfig(factor=8.0, original_max_position=10**12), 10.0, [8.0] * 32),
+        (YarnConfig(factor=8.0, original_max_position=1), 10.0, [1.0] * 32),
+    ],
+    ids=["kimi_k2", "whole_pair", "all_slow", "all_fast"],
+)  # fmt: skip
+def test_equal_or_distant_bounds_of_yarn_make_a_step(yarn, theta, ratios) -> None:
+    plain = inverse_frequencies(64, theta=theta, yarn=None)
+    np.testing.assert_allclose(plain / inverse_frequencies(64, theta=theta, yarn=yarn), ratios, rtol=1e-5)
+
+
 def test_both_magnitudes_of_yarn() -> None:
     """mscale/mscale_all_dim is on cosines and sines; mscale_all_dim squared is on the scores."""
     yarn = YarnConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.5)
