@@ -23,6 +23,9 @@ _RELEASED_PAD = "<｜▁pad▁｜>"
 
 _LINE_BREAKS = ("\u010a", "\u010d")  # line feed and carriage return in the byte alphabet
 
+_LONGEST_WORD = 256
+"""Characters after which a word is cut while merges are learnt: learning takes quadratic time in its length."""
+
 _WORDS = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",  # a word, with the one mark or blank before it
@@ -117,6 +120,9 @@ class TextTokenizer:
 def train(texts: Iterator[str], *, vocab_size: int) -> TextTokenizer:
     """Learns a byte-level BPE of at most `vocab_size` entries, special tokens included; the same texts, the same ids.
 
+    The time is linear in the text, also where a "word" never ends (rulers, base64, a script without blanks): it is
+    learnt in pieces of 256 characters, and encoded whole.
+
     Raises:
         UserError: `vocab_size` cannot hold the 256 bytes and the special tokens.
     """
@@ -127,12 +133,8 @@ def train(texts: Iterator[str], *, vocab_size: int) -> TextTokenizer:
             f"use {least} or more (ModelConfig.vocab_size)."
         )
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -141,7 +143,9 @@ def train(texts: Iterator[str], *, vocab_size: int) -> TextTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    inner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(_LONGEST_WORD), as_bytes])
     inner.train_from_iterator(texts, trainer)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     return TextTokenizer(inner)
 
 

@@ -60,6 +60,15 @@ def test_indentation_joins_the_line_break_but_leaves_the_last_blank_to_the_word(
     assert " return" in pieces
 
 
+def test_words_without_end_are_learnt_in_linear_time_and_encoded_whole():
+    runs = [run * (200_000 // len(run)) + "\n" for run in ("a", "-", "0", " ", "界", "QUJD+/9z")]  # uncut: hours
+    made = tokenizer.train(iter(["some words of text\n" * 20, *runs]), vocab_size=320)
+    for text in runs:
+        ids = made.encode(text)
+        assert made.decode(ids) == text
+        assert len(ids) < len(text.encode()) / 2
+
+
 def test_a_vocabulary_below_the_bytes_is_refused():
     with pytest.raises(UserError, match=r"vocab_size=200 .* use 262 or more"):
         tokenizer.train(iter(["a"]), vocab_size=200)
