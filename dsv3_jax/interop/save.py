@@ -3,9 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +18,7 @@ from dsv3_jax.interop.hf_config import to_hf
 from dsv3_jax.interop.hf_names import FP8_BLOCK, Entry, entries, flatten, stored_tensors
 from dsv3_jax.interop.hf_tokenizer import tokenizer_files
 from dsv3_jax.interop.safetensors_io import INDEX, SINGLE, CheckpointError, read_metadata, write_file
+from dsv3_jax.interop.whole_folder import replaced, resolve, write_bytes
 from dsv3_jax.model.params import abstract_params
 from dsv3_jax.typing import Variables
 from dsv3_kernels.quantize import quantize_tiles
@@ -51,7 +49,8 @@ def save_pretrained(
     process that was killed leaves `.NAME.partial-*`, which may be deleted. One tensor is in memory at a time.
 
     Args:
-        folder: made anew; an earlier export of ours is replaced, anything else that is not empty only if `overwrite`.
+        folder: where a link points, if it is one. An earlier export of ours is replaced, anything else that is not
+            empty only if `overwrite`.
         variables: `{"params": ..., "router_state": ...}` of `cfg`, on any device, of any float type.
         dtype: "float32", "bfloat16" or "float8_e4m3fn".
         max_shard_size: bytes, or such as "500MB" or "5GB"; a larger tensor has a shard of its own.
@@ -60,45 +59,28 @@ def save_pretrained(
         `CheckpointError` when the disk is full or refuses. Then nothing of the export is left, and what was there is.
     """
     check(dtype in DTYPES, f"dtype={dtype!r} cannot be saved; use one of {', '.join(DTYPES)}.")
-    folder = Path(os.path.abspath(folder))
     config = to_hf(cfg, dtype)
     leaves = _checked_leaves(cfg, variables)
     shards = _plan(cfg, dtype, _bytes(max_shard_size))
     texts = tokenizer_files(cfg, Path(tokenizer)) if tokenizer is not None else {}
+    folder = resolve(folder)
     _check_target(folder, overwrite)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be made ({error.strerror}); choose another folder.") from error
-    try:
-        _check_space(folder, shards)
+    size = sum(item.size for shard in shards for item in shard)
+    with replaced(folder, size=size, is_ours=_is_own_export) as new_folder:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):06d}.safetensors"
             contents = [tensor for item in shard for tensor in item.tensors]
-            write_file(partial_folder / name, contents, _tensors(leaves, shard), _PRODUCER)
+            write_file(new_folder / name, contents, _tensors(leaves, shard), _PRODUCER)
             weight_map.update((tensor, name) for tensor, _, _ in contents)
         if len(shards) > 1:
-            total = sum(item.size for shard in shards for item in shard)
-            texts[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+            texts[INDEX] = _json({"metadata": {"total_size": size}, "weight_map": weight_map})
         texts["generation_config.json"] = _json(
             {"_from_model_config": True, "bos_token_id": cfg.bos_id, "eos_token_id": cfg.eos_id}
         )
         texts["config.json"] = _json(config)
         for name, text in texts.items():
-            _write_text(partial_folder / name, text)
-        partial_folder.chmod(0o777 & ~_umask())
-        _sync_folder(partial_folder)
-        _put_in_place(partial_folder, folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: writing failed ({error.strerror or error}); the export needs "
-            f"{sum(item.size for shard in shards for item in shard):,} bytes, {_free(folder):,} are free. "
-            "Free some space or choose another disk; nothing of the export was left."
-        ) from error
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+            write_bytes(new_folder / name, text.encode())
 
 
 class _Item(NamedTuple):
@@ -178,52 +160,30 @@ def _checked_leaves(cfg: ModelConfig, variables: Variables) -> dict[str, Any]:
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    check(folder.is_dir(), f"{folder}: is a file; choose a folder for the export.")
-    names = {path.name for path in folder.iterdir()}
+    try:
+        if not folder.exists():
+            return
+        check(folder.is_dir(), f"{folder}: is a file; choose a folder for the export.")
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be looked at ({error.strerror}); choose another folder.") from error
     check(
-        overwrite or not names or _is_own_export(folder, names),
+        overwrite or not names or _is_own_export(folder),
         f"{folder}: is not empty and not an earlier export of ours; choose another folder or pass overwrite=True.",
     )
 
 
-def _is_own_export(folder: Path, names: set[str]) -> bool:
-    weights = names - _OTHER_FILES
-    if not weights or not all(name.startswith("model") and name.endswith(".safetensors") for name in weights):
-        return False
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        return all(read_metadata(folder / name).get("producer") == _PRODUCER["producer"] for name in weights)
-    return False
-
-
-def _check_space(folder: Path, shards: list[list[_Item]]) -> None:
-    needed, free = sum(item.size for shard in shards for item in shard), _free(folder)
-    if needed > free:
-        raise CheckpointError(
-            f"{folder}: the export needs {needed:,} bytes, but {free:,} are free on that disk; "
-            "free some space or choose another disk."
+def _is_own_export(folder: Path) -> bool:
+    """Whether it holds what `save_pretrained` writes, if only a part, and nothing else."""
+    with contextlib.suppress(ValueError, OSError, AttributeError, CheckpointError):
+        weights = {path.name for path in folder.iterdir()} - _OTHER_FILES
+        return bool(weights) and all(
+            name.startswith("model")
+            and name.endswith(".safetensors")
+            and read_metadata(folder / name).get("producer") == _PRODUCER["producer"]
+            for name in weights
         )
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder.parent).free
-
-
-def _put_in_place(partial_folder: Path, folder: Path) -> None:
-    """Renames; what was there is moved aside first and comes back should the rename fail."""
-    if not folder.exists():
-        partial_folder.rename(folder)
-    else:
-        aside = partial_folder.with_name(partial_folder.name.replace(".partial-", ".old-"))
-        folder.rename(aside)
-        try:
-            partial_folder.rename(folder)
-        except OSError:
-            aside.rename(folder)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync_folder(folder.parent)
+    return False
 
 
 def _bytes(size: int | str) -> int:
@@ -240,24 +200,3 @@ def _bytes(size: int | str) -> int:
 
 def _json(value: object) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
-
-
-def _write_text(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
