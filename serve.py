@@ -20,6 +20,7 @@ from dsv3_jax.config.load import from_dict
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.interrupt import run_program
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
 from dsv3_jax.training.checkpoint import load_variables
@@ -102,4 +103,4 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

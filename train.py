@@ -7,6 +7,7 @@ The same command continues a run that was stopped, from its newest checkpoint an
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -19,6 +20,8 @@ import rich.console
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
+from dsv3_jax.interrupt import Stopped, StopRequest, leave
+from dsv3_jax.output import dependable_output
 from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
@@ -26,7 +29,6 @@ from dsv3_jax.training.build import Run, open_run
 from dsv3_jax.training.evaluate import make_evaluator
 from dsv3_jax.training.finish import evaluate_part, finish
 from dsv3_jax.training.host_memory import keep_freed_memory
-from dsv3_jax.training.interrupt import StopRequest
 from dsv3_jax.training.log import ProgressBar, RunLog
 from dsv3_jax.training.metrics import Progress, Speed, metrics_row, mfu
 from dsv3_jax.training.schedules import num_micro_batches, rates_at
@@ -42,7 +44,8 @@ class Diverged(Exception):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done or saved, 2 a user's error, 3 diverged)."""
+    """Runs the command line; returns the exit code (see HELP)."""
+    dependable_output()
     given = parse(arguments)
     console = rich.console.Console(soft_wrap=True)
     try:
@@ -52,10 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(f"{key} = {value!r}", markup=False, highlight=False)
             return 0
         keep_freed_memory()
-        keep_compiled_programs(Path(given.run_dir))
+        run_dir = Path(given.run_dir).expanduser()
+        keep_compiled_programs(run_dir)
         # Orbax logs a traceback for each file it cannot write; the error that reaches us says it once.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        with StopRequest() as stop, open_run(cfg, given.run_dir) as run:
+        with StopRequest() as stop, contextlib.ExitStack() as opened:
+            run = stop.run(opened.enter_context, open_run(cfg, run_dir))
             train(run, stop, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,16 +68,22 @@ def main(arguments: list[str] | None = None) -> int:
     except Diverged as error:
         print(f"stopped: {error}", file=sys.stderr)
         return EXIT_DIVERGED
+    except Stopped as stopped:
+        console.print(f"{stopped} before the first step; nothing to save.", highlight=False)
+        return stopped.exit_code
     return 0
 
 
 def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
-    """The loop. The report of a step is read while the next one runs, so the device never waits for the host."""
+    """The loop. The report of a step is read while the next one runs, so the device never waits for the host.
+
+    What takes long and changes nothing runs under `stop`, which raises `Stopped` when the user asks for it.
+    """
     cfg, output = run.cfg.train, run.cfg.train.output
     step, sum_loss = make_step(run.cfg), make_evaluator(run.cfg)
     log = RunLog(run.run_dir, step=run.progress.step, tensorboard=output.tensorboard)
     bar = ProgressBar(total_tokens=cfg.total_tokens, done=run.progress.tokens)
-    clock = Clock(run)
+    compiled: set[int] = set()
     unread: list[tuple[Progress, StepReport, Rates]] = []
 
     def read_reports() -> None:
@@ -85,28 +96,36 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
                 log.write(row)
             bar.show(row)
 
-    bar.say("compiling the step, which takes up to a minute the first time …")
     try:
-        while run.progress.tokens < cfg.total_tokens and not stop.requested:
-            batches = [run.next_batch() for _ in range(num_micro_batches(run.progress.tokens, cfg.batch))]
-            tokens = run.progress.tokens + sum(batch.tokens.size for batch in batches)
-            rates = rates_at(tokens, cfg)
-            run.state, report = step(run.state, batches, rates)
-            run.progress = Progress(run.progress.step + 1, tokens)
-            if run.average is not None and run.progress.step % cfg.ema_every == 0:
-                run.average.update(run.state.params)
-            read_reports()
-            unread.append((run.progress, report, rates))
-
-            if is_due(run.progress, output.checkpoint_every) or is_due(run.progress, output.eval_every):
+        with contextlib.suppress(Stopped):
+            clock = stop.run(Clock, run)
+            while run.progress.tokens < cfg.total_tokens:
+                batches = stop.run(run.next_batches, num_micro_batches(run.progress.tokens, cfg.batch))
+                tokens = run.progress.tokens + sum(batch.tokens.size for batch in batches)
+                rates = rates_at(tokens, cfg)
+                programs = min(len(batches), 2)  # one micro-batch has a program of its own, more of them share theirs
+                if programs not in compiled:
+                    read_reports()
+                    bar.say("compiling the step, which takes up to a minute the first time …")
+                    stop.run(step.compile, run.state, batches, rates)
+                    compiled.add(programs)
+                    clock.restart(run.progress)
+                state, report = step(run.state, batches, rates)
+                run.advance(state, Progress(run.progress.step + 1, tokens))
+                if run.average is not None and run.progress.step % cfg.ema_every == 0:
+                    run.average.update(run.state.params)
                 read_reports()
-                if is_due(run.progress, output.eval_every):
-                    result = evaluate_part(run, sum_loss)
-                    log.write_heldout({**run.progress._asdict(), **result._asdict()})
-                    bar.say(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
-                if is_due(run.progress, output.checkpoint_every):
-                    run.save()
-                clock.restart(run.progress)
+                unread.append((run.progress, report, rates))
+
+                if is_due(run.progress, output.checkpoint_every) or is_due(run.progress, output.eval_every):
+                    read_reports()
+                    if is_due(run.progress, output.eval_every):
+                        result = stop.run(evaluate_part, run, stop, sum_loss)
+                        log.write_heldout({**run.progress._asdict(), **result._asdict()})
+                        bar.say(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
+                    if is_due(run.progress, output.checkpoint_every):
+                        run.save()
+                    clock.restart(run.progress)
         read_reports()
         run.checkpoints.wait()
         if run.progress.step not in (0, *run.checkpoints.steps()):
@@ -116,9 +135,14 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
         bar.close()
         log.close()
     if run.progress.tokens < cfg.total_tokens:
+        if not run.progress.step:
+            stop.check()
         console.print(f"saved after step {run.progress.step}; the same command continues.", highlight=False)
-    else:
-        finish(run, sum_loss, generate, console)
+        return
+    try:
+        stop.run(finish, run, stop, sum_loss, generate, console)
+    except Stopped as stopped:
+        console.print(f"{stopped}; training is done and saved, the same command computes the results.", highlight=False)
 
 
 def is_due(progress: Progress, every: int) -> bool:
@@ -184,9 +208,11 @@ HELP = """what the run dir holds:
   tensorboard/     the same numbers to look at       training.png    loss, bits per byte, expert load
   tokenizer.json   the tokenizer                     hf/             for transformers, vLLM, load_pretrained
 
-stopping: Ctrl-C or SIGTERM saves and leaves with code 0; kill -9 loses at most what came after the last checkpoint.
-exit codes: 0 done or saved, 2 something to mend (the message says what), 3 loss or gradient not finite.
+stopping: Ctrl-C, SIGTERM or a closed terminal saves and leaves, in the middle of anything; Ctrl-C or SIGTERM again
+  leaves at once. kill -9 loses at most what came after the last checkpoint. Nobody reading the output stops nothing.
+exit codes: 0 done or saved, 2 something to fix (the message says what), 3 loss or gradient not finite,
+  128 + signal (130, 143, 129) stopped before there was anything to save.
 """
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "kernels/dsv3_kernels": [],
     "dsv3_jax/typing.py": [],
+    "dsv3_jax/output.py": [],
+    "dsv3_jax/interrupt.py": ["dsv3_jax.output"],
     "dsv3_jax/config": ["dsv3_jax.typing"],
     "dsv3_jax/precision": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config"],
     "dsv3_jax/model": [
@@ -25,7 +27,7 @@ ALLOWED = {
         "dsv3_jax.parallel.axes",
     ],
     "dsv3_jax/parallel": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config"],
-    "dsv3_jax/data": ["dsv3_jax.typing", "dsv3_jax.config"],
+    "dsv3_jax/data": ["dsv3_jax.typing", "dsv3_jax.interrupt", "dsv3_jax.config"],
     # convert quantises with dsv3_kernels.quantize; export reads a run's checkpoint.
     "dsv3_jax/interop": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config", "dsv3_jax.model.params"],
     "dsv3_jax/interop/export.py": [
@@ -33,11 +35,13 @@ ALLOWED = {
         "dsv3_kernels",
         "dsv3_jax.config",
         "dsv3_jax.model.params",
+        "dsv3_jax.interrupt",
         "dsv3_jax.data",
         "dsv3_jax.training",
     ],
     "dsv3_jax/training": [
         "dsv3_jax.typing",
+        "dsv3_jax.interrupt",
         "dsv3_kernels",
         "dsv3_jax.config",
         "dsv3_jax.precision",

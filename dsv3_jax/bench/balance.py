@@ -28,6 +28,7 @@ from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.train import BatchConfig
 from dsv3_jax.data.loader import make_train_iterator
 from dsv3_jax.data.prepare import prepare
+from dsv3_jax.interrupt import run_program
 from dsv3_jax.training.metrics import load_ratio
 from dsv3_jax.training.plot import smooth
 from dsv3_jax.training.state import TrainState, init_state
@@ -153,4 +154,4 @@ def _row(values: np.ndarray) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

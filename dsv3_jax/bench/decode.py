@@ -28,6 +28,7 @@ from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.run import RunConfig
+from dsv3_jax.interrupt import run_program
 from dsv3_jax.model.params import init
 from dsv3_jax.planning.flops import forward_flops_by_part
 from dsv3_jax.precision.policy import get_policy
@@ -186,4 +187,4 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -9,6 +9,7 @@ same seeds. Arms and seeds trained by earlier commands into OUT are compared as 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,10 +29,11 @@ from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.run import RunConfig
+from dsv3_jax.interrupt import Stopped, StopRequest, leave
+from dsv3_jax.output import dependable_output
 from dsv3_jax.precision.policy import FLOAT32, FP8_DSV3, MIXED, Policy, make_fp8_policy
 from dsv3_jax.training.build import Run, open_run
 from dsv3_jax.training.host_memory import keep_freed_memory
-from dsv3_jax.training.interrupt import StopRequest
 from dsv3_jax.training.log import METRICS, RunLog, read_rows
 from dsv3_jax.training.metrics import Progress, Speed, metrics_row
 from dsv3_jax.training.schedules import num_micro_batches, rates_at
@@ -76,7 +78,8 @@ def config_of(cfg: RunConfig, arm: Arm, *, seed: int, steps: int, data_dir: Path
 
 def train_arm(cfg: RunConfig, arm: Arm, run_dir: Path, *, steps: int, say: Callable[[str], None]) -> bool:
     """Trains one arm to its last step, or until SIGTERM or Ctrl-C; returns whether it got there."""
-    with StopRequest() as stop, open_run(cfg, run_dir, say=say) as run:
+    with StopRequest() as stop, contextlib.ExitStack() as stack:
+        run = stop.run(stack.enter_context, open_run(cfg, run_dir, say=say))
         step = make_step(cfg, partial(batch_loss, policy=arm.policy))
         if arm.jitter and run.progress.step == 0:
             run.state = jittered(run.state, arm.jitter)
@@ -116,17 +119,18 @@ def jittered(state: TrainState, size: float) -> TrainState:
 def _one_step(run: Run, step: Any, watch: Stopwatch) -> dict[str, Any]:
     """Advances the run; its row of metrics.jsonl."""
     train = run.cfg.train
-    batches = [run.next_batch() for _ in range(num_micro_batches(run.progress.tokens, train.batch))]
+    batches = run.next_batches(num_micro_batches(run.progress.tokens, train.batch))
     new = sum(batch.tokens.size for batch in batches)
-    run.progress = Progress(run.progress.step + 1, run.progress.tokens + new)
-    rates = rates_at(run.progress.tokens, train)
-    run.state, report = step(run.state, batches, rates)
+    rates = rates_at(run.progress.tokens + new, train)
+    state, report = step(run.state, batches, rates)
+    run.advance(state, Progress(run.progress.step + 1, run.progress.tokens + new))
     float(report.loss)
     return metrics_row(run.progress, report, rates, Speed(new / watch.lap(), float("nan")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for what the user can mend."""
+    """The command line; returns the exit code, 2 for what the user can fix."""
+    dependable_output()
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_jax.bench.precision", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -157,6 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        say(str(stopped))
+        return stopped.exit_code
     found = read_losses(given.out, list(ARMS), steps=given.steps)
     if not found.get(BASE):
         say(f"nothing to compare with yet: {BASE} must be trained to step {given.steps}.")
@@ -169,4 +176,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

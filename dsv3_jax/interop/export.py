@@ -14,6 +14,7 @@ from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import from_dict
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.save import DTYPES, save_pretrained
+from dsv3_jax.interrupt import run_program
 from dsv3_jax.training.checkpoint import load_variables
 
 
@@ -77,4 +78,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

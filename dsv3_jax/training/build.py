@@ -6,7 +6,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import grain
 import jax
@@ -41,7 +41,7 @@ HARMLESS = (
 
 @dataclasses.dataclass
 class Run:
-    """An open run. `state` is consumed by each step; the loop puts the new one in its place."""
+    """An open run. `state` is consumed by each step; `advance` puts the new one in its place."""
 
     cfg: RunConfig
     run_dir: Path
@@ -51,16 +51,23 @@ class Run:
     progress: Progress
     state: TrainState
     average: HostEMA | None
+    data_state: Any
+    """Where `batches` was after the last finished step; batches read since then are not part of what `save` saves."""
 
-    def next_batch(self) -> MicroBatch:
-        """The next micro-batch; the iterator's state moves with it."""
+    def next_batches(self, num: int) -> list[MicroBatch]:
+        """The next micro-batches; the iterator's state moves with them."""
         mask = self.cfg.data.document_mask
-        return make_micro_batch(next(self.batches), mtp_depth=self.cfg.model.mtp_depth, document_mask=mask)
+        depth = self.cfg.model.mtp_depth
+        return [make_micro_batch(next(self.batches), mtp_depth=depth, document_mask=mask) for _ in range(num)]
+
+    def advance(self, state: TrainState, progress: Progress) -> None:
+        """Records a finished step on the batches read so far."""
+        self.state, self.progress, self.data_state = state, progress, self.batches.get_state()
 
     def save(self) -> None:
         """Starts saving everything a resumed run needs to continue bit for bit."""
         average = None if self.average is None else self.average.average()
-        host = {"config": to_dict(self.cfg), "tokens": self.progress.tokens, "data": self.batches.get_state()}
+        host = {"config": to_dict(self.cfg), "tokens": self.progress.tokens, "data": self.data_state}
         self.checkpoints.save(self.progress.step, self.state, average, host)
 
 
@@ -117,7 +124,7 @@ def _restored(
         batches.set_state(found.host["data"])
         say(f"resuming after step {progress.step} ({progress.tokens:,} tokens).")
     ema = HostEMA(average, decay=cfg.train.ema_decay) if has_average else None
-    return Run(cfg, run_dir, data, batches, checkpoints, progress, state, ema)
+    return Run(cfg, run_dir, data, batches, checkpoints, progress, state, ema, batches.get_state())
 
 
 def _claim(cfg: RunConfig, run_dir: Path, *, has_checkpoint: bool, say: Callable[[str], None]) -> None:

@@ -1,7 +1,7 @@
 """What a finished run leaves behind: held-out results, a picture, a sample, a folder that other programs read."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -10,9 +10,10 @@ import rich.console
 import rich.table
 
 from dsv3_jax.data.baselines import compressor_baselines
-from dsv3_jax.data.loader import heldout_batches
+from dsv3_jax.data.loader import Batch, heldout_batches
 from dsv3_jax.data.prepare import PreparedData
 from dsv3_jax.interop.save import save_pretrained
+from dsv3_jax.interrupt import StopRequest
 from dsv3_jax.training.build import Run
 from dsv3_jax.training.evaluate import Evaluation, SumLoss, evaluate
 from dsv3_jax.training.log import HELDOUT, METRICS, read_rows
@@ -26,19 +27,23 @@ Generate = Callable[..., np.ndarray]
 """`dsv3_jax.serving.generate.generate`, or anything with its signature."""
 
 
-def evaluate_part(run: Run, sum_loss: SumLoss) -> Evaluation:
+def evaluate_part(run: Run, stop: StopRequest, sum_loss: SumLoss) -> Evaluation:
     """The evaluation during training: the first `train.output.eval_batches` held-out batches."""
     batches = _heldout(run, run.cfg.train.output.eval_batches)
-    return evaluate(sum_loss, run.state.variables, batches)
+    return evaluate(sum_loss, run.state.variables, _until(stop, batches))
 
 
-def finish(run: Run, sum_loss: SumLoss, generate: Generate, console: rich.console.Console) -> None:
-    """Evaluates on all held-out text, prints the results beside compressors, and writes picture, sample, HF folder."""
+def finish(run: Run, stop: StopRequest, sum_loss: SumLoss, generate: Generate, console: rich.console.Console) -> None:
+    """Evaluates on all held-out text, prints the results beside compressors, and writes picture, sample, HF folder.
+
+    Raises:
+        Stopped: as soon as the user asks to stop; everything here can be computed again.
+    """
     console.print("evaluating on all held-out text …")
-    result = evaluate(sum_loss, run.state.variables, _heldout(run, None))
+    result = evaluate(sum_loss, run.state.variables, _until(stop, _heldout(run, None)))
     averaged = None
     if run.average is not None:
-        averaged = evaluate(sum_loss, _averaged(run), _heldout(run, None))
+        averaged = evaluate(sum_loss, _averaged(run), _until(stop, _heldout(run, None)))
     baselines = compressor_baselines(run.data.heldout_texts())
     console.print(results_table(result, averaged, baselines))
 
@@ -98,7 +103,7 @@ def sample_text(run: Run, generate: Generate) -> str | None:
     return output.sample_prompt + tokenizer.decode(new)
 
 
-def _heldout(run: Run, max_batches: int | None) -> Iterator[dict[str, np.ndarray]]:
+def _heldout(run: Run, max_batches: int | None) -> Iterator[Batch]:
     data: PreparedData = run.data
     return heldout_batches(
         data.tokenizer,
@@ -108,6 +113,13 @@ def _heldout(run: Run, max_batches: int | None) -> Iterator[dict[str, np.ndarray
         overlap=run.cfg.data.heldout_overlap,
         max_batches=max_batches,
     )
+
+
+def _until(stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """`batches`, until a stop is requested."""
+    for batch in batches:
+        stop.check()
+        yield batch
 
 
 def _averaged(run: Run) -> Variables:

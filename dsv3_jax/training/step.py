@@ -4,6 +4,7 @@ A step over n micro-batches is exactly a step over their concatenation: every su
 batch, known beforehand (`targets.label_counts`), and the router's bias moves once, on the load of the whole batch.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -54,9 +55,6 @@ class StepReport(NamedTuple):
     """False: loss or gradient was not finite, and the state is as before the step."""
 
 
-StepFunction = Callable[[TrainState, Sequence[MicroBatch], Rates], tuple[TrainState, StepReport]]
-
-
 def batch_loss(
     params: Params,
     router_state: Params,
@@ -103,7 +101,7 @@ def batch_loss(
     return loss, Parts(main, mtp, balance, _load(cfg, states))
 
 
-def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> StepFunction:
+def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> "Step":
     """The compiled step of `cfg`; it consumes the state it is given (donated buffers).
 
     One micro-batch is one fused program; several are one program each, summed, and one for the update.
@@ -133,32 +131,53 @@ def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> StepFunc
         report = StepReport(value, parts, grad_norm, biases.min(axis=1), biases.max(axis=1), is_finite)
         return new, report
 
-    @partial(jax.jit, donate_argnums=0)
     def fused(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
         return update(state, gradients(state, batch, counts, share, rates), rates)
 
-    @partial(jax.jit, donate_argnums=0)
     def accumulate(summed: Any, state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
         return jax.tree.map(jnp.add, summed, gradients(state, batch, counts, share, rates))
 
-    @jax.jit
-    def nothing(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
+    def zeros(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
         shapes = jax.eval_shape(gradients, state, batch, counts, share, rates)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    finish = jax.jit(update, donate_argnums=0)
+    consuming = partial(jax.jit, donate_argnums=0)
+    return Step(consuming(fused), jax.jit(zeros), consuming(accumulate), consuming(update))
 
-    def step(state: TrainState, batches: Sequence[MicroBatch], rates: Rates) -> tuple[TrainState, StepReport]:
-        counts = label_counts(batches)
-        share = np.float32(1 / len(batches))
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step as a function of (state, micro-batches, rates), and its programs, which `compile` can make beforehand."""
+
+    _fused: Any
+    _zeros: Any
+    _accumulate: Any
+    _update: Any
+
+    def __call__(self, state: TrainState, batches: Sequence[MicroBatch], rates: Rates) -> tuple[TrainState, StepReport]:
+        """The state after one step, and its report; `state` is consumed."""
+        counts, share = _denominators(batches)
         if len(batches) == 1:
-            return fused(state, batches[0], counts, share, rates)
-        summed = nothing(state, batches[0], counts, share, rates)
+            return self._fused(state, batches[0], counts, share, rates)
+        summed = self._zeros(state, batches[0], counts, share, rates)
         for batch in batches:
-            summed = accumulate(summed, state, batch, counts, share, rates)
-        return finish(state, summed, rates)
+            summed = self._accumulate(summed, state, batch, counts, share, rates)
+        return self._update(state, summed, rates)
 
-    return step
+    def compile(self, state: TrainState, batches: Sequence[MicroBatch], rates: Rates) -> None:
+        """Compiles what a call with these arguments needs, and consumes nothing; the call then finds it."""
+        arguments = (state, batches[0], *_denominators(batches), rates)
+        if len(batches) == 1:
+            self._fused.lower(*arguments).compile()
+            return
+        summed = self._zeros(*arguments)
+        self._accumulate.lower(summed, *arguments).compile()
+        self._update.lower(state, summed, rates).compile()
+
+
+def _denominators(batches: Sequence[MicroBatch]) -> tuple[Float[np.ndarray, "d"], np.float32]:
+    """Labels of each depth in the whole batch, and each micro-batch's share of its sequences."""
+    return label_counts(batches), np.float32(1 / len(batches))
 
 
 def _load(cfg: RunConfig, states: Hidden) -> Int[Array, "l E"]:
