@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import from_dict
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.interop.pretrained import load_pretrained
 from dsv3_jax.interrupt import run_program
@@ -45,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def complete(given: argparse.Namespace) -> list[tuple[str, str]]:
     """(prompt, completion) of each prompt, all in one batch."""
-    cfg, variables = load_model(Path(given.model), given.dtype, use_average=given.average)
-    tokenizer = tokenizers.load(tokenizer_file(Path(given.model)), bos_id=cfg.bos_id, eos_id=cfg.eos_id)
+    cfg, variables = load_model(user_path(given.model), given.dtype, use_average=given.average)
+    tokenizer = tokenizers.load(tokenizer_file(user_path(given.model)), bos_id=cfg.bos_id, eos_id=cfg.eos_id)
     ids = generate(
         cfg,
         variables,

@@ -20,6 +20,7 @@ import rich.console
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.interrupt import Stopped, StopRequest, leave
 from dsv3_jax.output import dependable_output
 from dsv3_jax.planning.flops import train_flops_per_token
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(f"{key} = {value!r}", markup=False, highlight=False)
             return 0
         keep_freed_memory()
-        run_dir = Path(given.run_dir).expanduser()
+        run_dir = user_path(given.run_dir)
         keep_compiled_programs(run_dir)
         # Orbax logs a traceback for each file it cannot write; the error that reaches us says it once.
         logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import load_config
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.train import BatchConfig
 from dsv3_jax.data.loader import make_train_iterator
@@ -132,12 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         batch = BatchConfig(start=given.rows, full=given.rows, ramp_tokens=0, micro=given.rows)
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch=batch))
         with tempfile.TemporaryDirectory() as temporary:
-            run_dir = Path(given.run_dir or temporary)
+            run_dir = user_path(given.run_dir or temporary)
             found = compare(cfg, run_dir, steps=given.steps, bias_speed=given.bias_speed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    plot(Path(given.out), found)
+    plot(user_path(given.out), found)
     result = {name: {"start": _row(ratio[0]), "end": _row(ratio[-1])} for name, ratio in found.items()}
     if given.json:
         print(json.dumps(result))

@@ -28,6 +28,7 @@ from dsv3_jax.bench.timing import Stopwatch
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.interrupt import Stopped, StopRequest, leave
 from dsv3_jax.output import dependable_output
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm from each")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which to train now")
-    parser.add_argument("--out", type=Path, default=Path("runs/precision"))
+    parser.add_argument("--out", type=user_path, default=Path("runs/precision"))
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     say = partial(print, file=sys.stderr, flush=True)

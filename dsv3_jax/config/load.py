@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config.check import ConfigError, check
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 
 
@@ -49,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: no such file, no `get_config`, unknown key (the nearest is suggested), a value of the wrong type,
             or fields that contradict each other.
     """
-    path = Path(path)
+    path = user_path(path)
     check(path.is_file(), f"config file {str(path)!r} does not exist; see configs/ for those that come with it.")
     spec = importlib.util.spec_from_file_location(f"dsv3_jax_config_{path.stem}", path)
     if spec is None or spec.loader is None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
+from dsv3_jax.config.paths import user_path
 
 TEXT_SUFFIXES = frozenset(
     f".{kind}"
@@ -75,7 +76,7 @@ def list_files(cfg: DataConfig) -> Listing:
     named: set[Path] = set()
     num_ignored = 0
     for given in cfg.paths:
-        path = Path(given).expanduser()
+        path = user_path(given)
         if path.is_dir():
             found, ignored = _walk(path)
             num_ignored += ignored

@@ -24,6 +24,7 @@ from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.data import corpus, prepared, shards, split
 from dsv3_jax.data import tokenizer as tokenizer_module
 from dsv3_jax.data.prepared import FORMAT, MANIFEST_NAME, TOKENIZER_NAME, PreparedData, open_prepared
@@ -51,7 +52,8 @@ def prepare(
             loses text, data prepared with other settings, altered files, a disk that refuses.
     """
     say = say or _to_stderr
-    folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else Path(run_dir) / "data"
+    run_dir = user_path(run_dir)
+    folder = user_path(cfg.cache_dir) if cfg.cache_dir else run_dir / "data"
     try:
         with _locked(folder):
             if not (folder / MANIFEST_NAME).exists():
@@ -61,7 +63,7 @@ def prepare(
                 data = open_prepared(cfg, model, folder)
                 if change := prepared.source_change(cfg, folder):
                     say(f"data: the sources {change}; the run goes on with {folder} (delete it to start anew)")
-        _copy_tokenizer(folder, Path(run_dir))
+        _copy_tokenizer(folder, run_dir)
     except OSError as e:
         raise UserError(f"the data cannot be written to {folder} ({e}); free space or choose data.cache_dir.") from e
     return data

@@ -14,6 +14,7 @@ from jaxtyping import UInt64
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.data import corpus, shards, split
 from dsv3_jax.data import tokenizer as tokenizer_module
 from dsv3_jax.data.shards import Shards
@@ -117,7 +118,7 @@ def stat_fingerprint(listing: corpus.Listing) -> str:
 
 def settings(cfg: DataConfig, model: ModelConfig) -> dict[str, Any]:
     """The settings that decide what the prepared data holds; a given tokenizer counts by its content."""
-    given = Path(cfg.tokenizer) if cfg.tokenizer else None
+    given = user_path(cfg.tokenizer) if cfg.tokenizer else None
     if given is not None and given.is_dir():
         given = given / TOKENIZER_NAME
     chosen = hashlib.sha256(given.read_bytes()).hexdigest() if given and given.is_file() else cfg.tokenizer

@@ -11,6 +11,7 @@ from jaxtyping import Int, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.config.check import UserError
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.data.fim import FimIds
 
 BOS, EOS, PAD = "<|bos_token|>", "<|eos_token|>", "<|pad_token|>"
@@ -155,7 +156,7 @@ def load(path: str | Path, *, bos_id: int | None = 0, eos_id: int = 1) -> TextTo
     Raises:
         UserError: no such file, no tokenizer, or bos or eos has no token.
     """
-    file = Path(path)
+    file = user_path(path)
     if file.is_dir():
         file = file / "tokenizer.json"
     try:

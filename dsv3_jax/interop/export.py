@@ -13,6 +13,7 @@ from pathlib import Path
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import from_dict
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.interop.save import DTYPES, save_pretrained
 from dsv3_jax.interrupt import run_program
 from dsv3_jax.training.checkpoint import load_variables
@@ -32,7 +33,7 @@ def export(
     The run's tokenizer.json goes along when there is one. The other arguments are those of `save_pretrained`.
     Raises: `UserError` when `run_dir` holds no whole checkpoint (or no average), and whatever `save_pretrained` does.
     """
-    run_dir = Path(run_dir)
+    run_dir = user_path(run_dir)
     check(run_dir.is_dir(), f"{run_dir}: is not a folder; give the --run-dir of a training run.")
     config, variables = load_variables(run_dir, use_average=use_average, say=say)
     cfg = from_dict(config["model"], ModelConfig)

@@ -12,6 +12,7 @@ import numpy as np
 
 from dsv3_jax.config.check import check
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.interop.convert import put_official, to_official
 from dsv3_jax.interop.hf_config import fp8_block, from_hf
 from dsv3_jax.interop.hf_names import IGNORED_SUFFIXES, SCALE_SUFFIX, Entry, entries, flatten, unflatten
@@ -41,7 +42,7 @@ def load_pretrained(folder: str | Path, dtype: str = "float32") -> tuple[ModelCo
         missing or truncated shard, a missing, unexpected or misshapen tensor, or a missing scale.
     """
     check(dtype in ("float32", "bfloat16"), f"dtype={dtype!r} cannot be loaded; use 'float32' or 'bfloat16'.")
-    folder = Path(folder)
+    folder = user_path(folder)
     config = read_config(folder)
     cfg, block = from_hf(config), fp8_block(config)
     stored = read_folder(folder)

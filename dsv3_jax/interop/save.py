@@ -13,6 +13,7 @@ import numpy as np
 
 from dsv3_jax.config.check import ConfigError, check
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.interop.convert import to_official
 from dsv3_jax.interop.hf_config import to_hf
 from dsv3_jax.interop.hf_names import FP8_BLOCK, Entry, entries, flatten, stored_tensors
@@ -62,8 +63,8 @@ def save_pretrained(
     config = to_hf(cfg, dtype)
     leaves = _checked_leaves(cfg, variables)
     shards = _plan(cfg, dtype, _bytes(max_shard_size))
-    texts = tokenizer_files(cfg, Path(tokenizer)) if tokenizer is not None else {}
-    folder = resolve(folder)
+    texts = tokenizer_files(cfg, user_path(tokenizer)) if tokenizer is not None else {}
+    folder = resolve(user_path(folder))
     _check_target(folder, overwrite)
     size = sum(item.size for shard in shards for item in shard)
     with replaced(folder, size=size, is_ours=_is_own_export) as new_folder:

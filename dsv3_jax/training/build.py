@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import Difference, diff, to_dict
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.data.loader import make_train_iterator
 from dsv3_jax.data.prepare import PreparedData, prepare
@@ -80,7 +81,7 @@ def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] 
             shown) or another process, the data cannot be prepared, every checkpoint is corrupt, or the folder cannot
             be written.
     """
-    run_dir = Path(run_dir).absolute()
+    run_dir = user_path(run_dir).absolute()
     to_hf(cfg.model, "bfloat16")  # refuses here, not after training, what the export at the end cannot say
     with _locked(run_dir):
         checkpoints = CheckpointFolder(run_dir / "checkpoints", keep=cfg.train.output.keep_checkpoints, say=say)

@@ -103,6 +103,15 @@ def test_a_shared_cache_serves_two_runs(cfg, model, tmp_path):
     assert sum("ready" in line for line in said) == 1
 
 
+def test_home_is_known_in_every_setting(cfg, model, folder_of_text, small_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text").symlink_to(folder_of_text)
+    (tmp_path / "tokenizer.json").write_text(small_tokenizer.to_json(), encoding="utf-8")
+    at_home = dataclasses.replace(cfg, paths=("~/text",), tokenizer="~/tokenizer.json", cache_dir="~/cache")
+    assert prepare(at_home, model, "~/run", say=lambda line: None).folder == tmp_path / "cache"
+    assert {file.name for file in tmp_path.glob("[a-z~]*")} == {"text", "tokenizer.json", "cache", "run"}
+
+
 def test_leftovers_of_a_killed_preparation_are_replaced(cfg, model, prepared, tmp_path):
     (tmp_path / ".data.partial" / "train").mkdir(parents=True)
     (tmp_path / ".data.partial" / "tokenizer.json").write_text("{")
