@@ -8,9 +8,9 @@ allocating them. Training it took the report 2048 H800 and 2.66M GPU hours.
 
 Everything is a default of the configuration classes, spelled out here where the report gives a number. Not in the
 report, and so a choice: the shape of the batch ramp (linear in tokens), the decay of the parameters' average, AdamW's
-epsilon, the micro-batch. Bias speed and MTP weight switch at the tokens the report names; documents are packed
-without a mask between them; a tenth of them is rearranged for fill-in-the-middle; projections and experts are
-multiplied in FP8 (`dsv3_jax/precision/README.md`).
+epsilon, the micro-batch (one sequence on each of 128 data-parallel ranks). Bias speed and MTP weight switch at the
+tokens the report names; documents are packed without a mask between them; a tenth of them is rearranged for
+fill-in-the-middle; projections and experts are multiplied in FP8 (`dsv3_jax/precision/README.md`).
 """
 
 from dsv3_jax.config.data import DataConfig
@@ -31,12 +31,12 @@ def get_config() -> RunConfig:
             peak=2.2e-4,
             low=2.2e-5,
             final=7.3e-6,
-            warmup_tokens=28_100_000_000,  # 2000 steps of the ramp
+            warmup_tokens=28_100_000_000,  # 2000 steps, as the ramp below has them
             constant_until_tokens=10 * TRILLION,
             cosine_tokens=4_300 * BILLION,
             low_tokens=333 * BILLION,  # the last 167B run at `final`
         ),
-        batch=BatchConfig(start=3072, full=15360, ramp_tokens=469 * BILLION, micro=3072),
+        batch=BatchConfig(start=3072, full=15360, ramp_tokens=469 * BILLION, micro=128),
         optimizer=OptimizerConfig(beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0, moment_dtype="bfloat16"),
         auxiliary=AuxiliaryConfig(
             mtp_weight=0.3,

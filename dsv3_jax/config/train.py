@@ -15,8 +15,8 @@ class LearningRateConfig:
     """Five phases: linear warm-up, constant, cosine, low, final (report section 4.2).
 
     0 -> `peak` over `warmup_tokens`, `peak` until `constant_until_tokens`, cosine to `low` over `cosine_tokens`,
-    `low` for `low_tokens`, `final` afterwards. The report warms up for 2K steps; with its batch ramp
-    (see `BatchConfig`) that is 28.1e9 tokens.
+    `low` for `low_tokens`, `final` afterwards. The report warms up for 2K steps, which with the batch ramp of
+    `BatchConfig` see 28.1e9 tokens.
     """
 
     peak: float = 2.2e-4
@@ -47,13 +47,15 @@ class BatchConfig:
     """Sequences an optimizer step: `start` at token 0, `full` from `ramp_tokens` on.
 
     The report gives the ends (3072, 15360) and the length (469B tokens), not the shape: here it is linear in tokens,
-    rounded down to whole micro-batches of `micro` sequences, which are accumulated one after another.
+    rounded to whole micro-batches of `micro` sequences, which are accumulated one after another. Nor does it give
+    the micro-batch: 128 is one sequence on each of the 128 data-parallel ranks of its 2048 GPUs in 16 stages
+    (section 3.2), so a step has 24 to 120.
     """
 
     start: int = 3072
     full: int = 15360
     ramp_tokens: int = 469_000_000_000
-    micro: int = 3072
+    micro: int = 128
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -150,8 +152,9 @@ class TrainConfig:
     """One training run.
 
     A row has `seq_len` tokens. `total_tokens` is where the run stops; the schedules do not depend on it.
-    `ema_decay` (0 = no average) and `ema_every` steps rule the average of the parameters on the host; the report keeps
-    one, its decay is not stated. `remat`: what backward recomputes, as in `hidden_states`.
+    `ema_decay` (0 = no average) and `ema_every` steps rule the average of the parameters on the host, which starts at
+    the first update; the report has one, its decay is not stated.
+    `remat`: what backward recomputes, as in `hidden_states`.
     `loss_chunk_size`: positions of every row whose logits exist at once.
     """
 

@@ -124,7 +124,8 @@ def _restored(
         progress = Progress(found.step, found.host["tokens"])
         batches.set_state(found.host["data"])
         say(f"resuming after step {progress.step} ({progress.tokens:,} tokens).")
-    ema = HostEMA(average, decay=cfg.train.ema_decay) if has_average else None
+    num_updates = progress.step // cfg.train.ema_every
+    ema = HostEMA(average, decay=cfg.train.ema_decay, num_updates=num_updates) if has_average else None
     return Run(cfg, run_dir, data, batches, checkpoints, progress, state, ema, batches.get_state())
 
 

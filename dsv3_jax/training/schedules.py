@@ -36,11 +36,12 @@ def learning_rate(tokens: int, cfg: LearningRateConfig) -> float:
 
 
 def num_micro_batches(tokens: int, cfg: BatchConfig) -> int:
-    """Micro-batches of the step that starts at `tokens`: linear from `start` to `full` sequences, rounded down."""
+    """Micro-batches of the step that starts at `tokens`: linear from `start` to `full` sequences, to the nearest."""
     if tokens >= cfg.ramp_tokens:
         return cfg.full // cfg.micro
-    sequences = cfg.start + (cfg.full - cfg.start) * tokens // cfg.ramp_tokens
-    return sequences // cfg.micro
+    sequences_times_ramp = cfg.start * cfg.ramp_tokens + (cfg.full - cfg.start) * tokens
+    unit = cfg.micro * cfg.ramp_tokens
+    return (2 * sequences_times_ramp + unit) // (2 * unit)
 
 
 def mtp_weight(tokens: int, cfg: AuxiliaryConfig) -> float:

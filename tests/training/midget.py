@@ -34,7 +34,7 @@ def get_config() -> RunConfig:
         seq_len=SEQ_LEN,
         total_tokens=tokens - 8 * 2 * SEQ_LEN,
         lr=LearningRateConfig(1e-2, 1e-3, 1e-4, tokens // 10, tokens // 2, tokens // 4, tokens // 8),
-        batch=BatchConfig(start=2, full=4, ramp_tokens=8 * 2 * SEQ_LEN, micro=2),
+        batch=BatchConfig(start=2, full=4, ramp_tokens=2 * 8 * 2 * SEQ_LEN, micro=2),  # four rows from half-way on
         auxiliary=AuxiliaryConfig(bias_speed=0.01, mtp_switch_tokens=tokens // 2, bias_stop_tokens=tokens * 3 // 4),
         output=OutputConfig(
             eval_every=10, eval_batches=1, checkpoint_every=5, keep_checkpoints=2, tensorboard=False, sample_tokens=0

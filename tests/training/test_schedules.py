@@ -1,10 +1,12 @@
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_jax.config.check import ConfigError
+from dsv3_jax.config.load import load_config
 from dsv3_jax.config.train import AuxiliaryConfig, BatchConfig, LearningRateConfig
 from dsv3_jax.training.schedules import bias_speed, learning_rate, mtp_weight, num_micro_batches
 
@@ -36,8 +38,10 @@ def test_the_ramp_has_the_reports_ends_and_is_linear_between():
     assert num_micro_batches(469 * 10**9, one) == 15360
     assert num_micro_batches(14 * TRILLION, one) == 15360
     assert num_micro_batches(469 * 10**9 // 2, one) == (3072 + 15360) // 2
-    assert num_micro_batches(0, BATCH) == 1
-    assert num_micro_batches(469 * 10**9, BATCH) == 5
+    assert num_micro_batches(0, BATCH) == 24
+    assert num_micro_batches(469 * 10**9, BATCH) == 120
+    assert num_micro_batches(469 * 10**9 * 7 // 24, BatchConfig(micro=3072)) == 2, "2.17 of them"
+    assert num_micro_batches(469 * 10**9 * 9 // 24, BatchConfig(micro=3072)) == 3, "2.5 of them"
 
 
 @given(st.integers(min_value=0, max_value=TRILLION), st.integers(min_value=0, max_value=TRILLION))
@@ -45,11 +49,17 @@ def test_the_batch_never_shrinks(tokens: int, more: int):
     assert num_micro_batches(tokens + more, BATCH) >= num_micro_batches(tokens, BATCH)
 
 
-def test_warm_up_is_two_thousand_steps_of_the_ramp():
-    tokens = 0
-    for _ in range(2000):
-        tokens += num_micro_batches(tokens, BatchConfig(micro=1)) * 4096
-    assert math.isclose(tokens, RATE.warmup_tokens, rel_tol=2e-3)
+def test_warm_up_is_two_thousand_steps_of_the_ramp(repository: Path):
+    """With the configuration's own micro-batch; the whole ramp takes as many steps as the line does, 14 998."""
+    train = load_config(repository / "configs" / "dsv3_671b.py").train
+    assert (train.lr, train.batch) == (RATE, BATCH)
+    tokens, steps = 0, 0
+    while tokens < train.batch.ramp_tokens:
+        tokens += num_micro_batches(tokens, train.batch) * train.batch.micro * train.seq_len
+        steps += 1
+        if steps == 2000:
+            assert math.isclose(tokens, train.lr.warmup_tokens, rel_tol=2e-3)
+    assert math.isclose(steps, 14_998, rel_tol=1e-3)
 
 
 def test_mtp_weight_and_bias_speed_switch_where_the_report_says():
