@@ -3,15 +3,16 @@
 import os
 from pathlib import Path
 
-from dsv3_jax.config.check import ConfigError
+from dsv3_jax.config.check import ConfigError, check
 
 
 def user_path(given: str | os.PathLike[str]) -> Path:
     """The path that `given` names; `~` and `~name` are home folders, also where no shell has expanded them.
 
     Raises:
-        ConfigError: there is no such home folder.
+        ConfigError: it is empty (a shell variable that is not set), or there is no such home folder.
     """
+    check(os.fspath(given).strip() != "", "a path is empty; give a file or folder, or leave the setting out.")
     try:
         return Path(given).expanduser()
     except RuntimeError as e:

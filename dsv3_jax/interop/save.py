@@ -64,7 +64,7 @@ def save_pretrained(
     leaves = _checked_leaves(cfg, variables)
     shards = _plan(cfg, dtype, _bytes(max_shard_size))
     texts = tokenizer_files(cfg, user_path(tokenizer)) if tokenizer is not None else {}
-    folder = resolve(user_path(folder))
+    folder = resolve(folder)
     _check_target(folder, overwrite)
     size = sum(item.size for shard in shards for item in shard)
     with replaced(folder, size=size, is_ours=_is_own_export) as new_folder:
