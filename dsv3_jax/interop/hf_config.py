@@ -4,11 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv3_jax.config.check import check
-from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig, YarnConfig
-from dsv3_jax.interop.fields import real, whole
+from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
+from dsv3_jax.interop.fields import agreed, as_whole, flag, group, real, shown, token_ids, whole, word
 from dsv3_jax.interop.hf_names import FP8_BLOCK
+from dsv3_jax.interop.hf_rope import read_rope, rope_scaling, short
 
 V2, V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
+
+_MODEL_TYPES = {"deepseek_v2": V2, "deepseek_v3": V3, "kimi_k2": V3}
+"""What a file without `architectures` says."""
 
 _FIXED = {
     "attention_bias": (False, "our attention has no biases"),
@@ -20,22 +24,24 @@ _FIXED = {
 }
 """Keys with one value that we can represent, which is also the meaning of a missing key."""
 
+_READERS = {bool: flag, int: whole, str: word}
+
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Reads an official config.json, or one that transformers 5 wrote (`rope_parameters`).
 
-    Architectures: DeepseekV3ForCausalLM, and DeepseekV2ForCausalLM (softmax scores, no bias).
-    Raises: `ConfigError` with key, value and reason for what `ModelConfig` cannot represent.
+    Architectures: DeepseekV3ForCausalLM (Kimi-K2 and Moonlight too); DeepseekV2ForCausalLM (softmax scores, no bias).
+    Of several ids that end a text the first is `eos_id`; `stop_tokens.stop_ids` gives all of a folder.
+    Raises: `ConfigError` with key, value and reason for what `ModelConfig` cannot represent, for a value that is not
+        of its key's type, and for two keys that contradict each other.
     """
-    architectures = config.get("architectures") or []
-    check(
-        len(architectures) == 1 and architectures[0] in (V2, V3),
-        f"config.json: architectures={architectures!r} is unknown; this model reads [{V3!r}] or [{V2!r}].",
-    )
-    is_v3 = architectures[0] == V3
+    is_v3 = _architecture(config) == V3
     for key, (value, reason) in _FIXED.items():
-        found = config.get(key, value)
-        check(found == value, f"config.json: {key}={found!r} cannot be represented: {reason}; only {value!r} is read.")
+        found = _READERS[type(value)](config, key, value)
+        check(
+            found == value,
+            f"config.json: {key}={shown(found)} cannot be represented: {reason}; only {value!r} is read.",
+        )
     num_heads = whole(config, "num_attention_heads")
     num_kv_heads = whole(config, "num_key_value_heads", num_heads)
     check(
@@ -43,35 +49,42 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         f"config.json: num_key_value_heads={num_kv_heads} differs from num_attention_heads={num_heads}; "
         "latent attention has one key and value for each head.",
     )
-    theta, yarn = _rope(config)
+    num_layers, num_dense_layers = whole(config, "num_hidden_layers"), whole(config, "first_k_dense_replace")
+    mtp_depth = whole(config, "num_nextn_predict_layers", 0)
+    check(
+        mtp_depth == 0 or num_dense_layers <= num_layers,
+        f"config.json: first_k_dense_replace={num_dense_layers} makes the MTP module after {num_layers} layers dense, "
+        "but ours have experts; set num_nextn_predict_layers to 0 to read the main model.",
+    )
+    vocab_size = whole(config, "vocab_size")
+    eos_ids = token_ids(config, "eos_token_id", vocab_size=vocab_size)
+    check(
+        len(eos_ids) > 0,
+        "config.json: eos_token_id is missing or null, but a text of this model ends with a token, which also ends "
+        "generation; set it to an id (generation_config.json or tokenizer_config.json may name it).",
+    )
+    theta, yarn = read_rope(config)
     return ModelConfig(
-        vocab_size=whole(config, "vocab_size"),
+        vocab_size=vocab_size,
         model_dim=whole(config, "hidden_size"),
-        num_layers=whole(config, "num_hidden_layers"),
-        num_dense_layers=whole(config, "first_k_dense_replace"),
+        num_layers=num_layers,
+        num_dense_layers=min(num_dense_layers, num_layers),
         ffn_dim=whole(config, "intermediate_size"),
-        mla=MLAConfig(
-            num_heads=num_heads,
-            q_latent_dim=None if config.get("q_lora_rank") is None else whole(config, "q_lora_rank"),
-            kv_latent_dim=whole(config, "kv_lora_rank"),
-            nope_head_dim=whole(config, "qk_nope_head_dim"),
-            rope_head_dim=whole(config, "qk_rope_head_dim"),
-            v_head_dim=whole(config, "v_head_dim"),
-        ),
+        mla=_mla(config, num_heads),
         moe=_moe_v3(config) if is_v3 else _moe_v2(config),
-        mtp_depth=whole(config, "num_nextn_predict_layers", 0),
+        mtp_depth=mtp_depth,
         max_position=whole(config, "max_position_embeddings"),
         rope_theta=theta,
         yarn=yarn,
         norm_eps=real(config, "rms_norm_eps", 1e-6),
         init_std=real(config, "initializer_range", 0.02),
-        bos_id=whole(config, "bos_token_id"),
-        eos_id=whole(config, "eos_token_id"),
+        bos_id=None if config.get("bos_token_id") is None else whole(config, "bos_token_id"),
+        eos_id=eos_ids[0],
     )
 
 
 def to_hf(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Writes the official keys; `dtype` as in `save_pretrained`. `from_hf(to_hf(cfg, dtype)) == cfg`.
+    """Writes the official keys; `dtype` as in `save_pretrained`. `from_hf(to_hf(cfg, dtype)) == cfg`, or it raises.
 
     Raises: `ConfigError` when no official architecture computes what `cfg` says.
     """
@@ -121,8 +134,8 @@ def to_hf(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
         "routed_scaling_factor": moe.scale,
         "moe_layer_freq": 1,
         "max_position_embeddings": cfg.max_position,
-        "rope_theta": _short(cfg.rope_theta),
-        "rope_scaling": None if cfg.yarn is None else _rope_scaling(cfg.yarn),
+        "rope_theta": short(cfg.rope_theta),
+        "rope_scaling": None if cfg.yarn is None else rope_scaling(cfg.yarn),
         "rms_norm_eps": cfg.norm_eps,
         "initializer_range": cfg.init_std,
         "bos_token_id": cfg.bos_id,
@@ -145,6 +158,7 @@ def to_hf(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
             "quant_method": "fp8",
             "weight_block_size": list(FP8_BLOCK),
         }
+    check(from_hf(hf) == cfg, f"{cfg} has no official keys that mean the same; change it to what from_hf reads.")
     return hf
 
 
@@ -153,53 +167,105 @@ def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
     The block cannot be told from the shapes, as the last one may be ragged.
     """
-    quantisation = config.get("quantization_config")
-    if quantisation is None:
+    quantisation = group(config, "quantization_config")
+    if not quantisation:
         return None
-    check(isinstance(quantisation, Mapping), f"config.json: quantization_config={quantisation!r} is not an object.")
     for key, value in (("quant_method", "fp8"), ("fmt", "e4m3")):
         found = quantisation.get(key, value if key == "fmt" else None)
         check(
             found == value,
-            f"config.json: quantization_config.{key}={found!r} cannot be read; only {value!r} with blocks "
+            f"config.json: quantization_config.{key}={shown(found)} cannot be read; only {value!r} with blocks "
             "(dequantise the checkpoint to bfloat16 first).",
         )
     block = quantisation.get("weight_block_size")
     check(
-        isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block),
-        f"config.json: quantization_config.weight_block_size={block!r} must be two positive numbers such as "
+        isinstance(block, list | tuple) and len(block) == 2,
+        f"config.json: quantization_config.weight_block_size={shown(block)} must be two positive numbers such as "
         f"{list(FP8_BLOCK)}; one scale for a whole tensor is not read.",
     )
-    return block[0], block[1]
+    rows, columns = (as_whole(size, "config.json: quantization_config.weight_block_size") for size in block or ())
+    check(
+        rows > 0 and columns > 0,
+        f"config.json: quantization_config.weight_block_size={shown(block)} must be two positive numbers.",
+    )
+    return rows, columns
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """V2 or V3: what `architectures` names (serving engines read it), else `model_type` (transformers reads that)."""
+    names, kind = config.get("architectures"), word(config, "model_type", "")
+    meant = _MODEL_TYPES.get(kind)
+    check(names is None or isinstance(names, list | tuple), f"config.json: architectures={shown(names)} is no list.")
+    if not names:
+        check(
+            meant is not None,
+            f"config.json: architectures={shown(names)} and model_type={shown(kind)} name no model that is read here; "
+            f"set architectures to [{V3!r}] or [{V2!r}].",
+        )
+        return str(meant)
+    check(
+        names[0] in (V2, V3) and all(name == names[0] for name in names),
+        f"config.json: architectures={shown(names)} is unknown; this model reads [{V3!r}] or [{V2!r}].",
+    )
+    check(
+        meant in (None, names[0]),
+        f"config.json: architectures={shown(names)} contradicts model_type={shown(kind)}, and programs differ in which "
+        "of them they take; correct one or delete it.",
+    )
+    return names[0]
+
+
+def _mla(config: Mapping[str, Any], num_heads: int) -> MLAConfig:
+    """The sizes of attention; `qk_head_dim` and `head_dim`, which transformers writes, must follow from them."""
+    check(
+        "q_lora_rank" in config,
+        "config.json: 'q_lora_rank' is missing; set it, to null where queries have one full matrix.",
+    )
+    nope, rope = whole(config, "qk_nope_head_dim"), whole(config, "qk_rope_head_dim")
+    for key, name, size in (
+        ("qk_head_dim", "qk_nope_head_dim + qk_rope_head_dim", nope + rope),
+        ("head_dim", "qk_rope_head_dim", rope),
+    ):
+        agreed({name: size, key: whole(config, key, size)})
+    return MLAConfig(
+        num_heads=num_heads,
+        q_latent_dim=None if config["q_lora_rank"] is None else whole(config, "q_lora_rank"),
+        kv_latent_dim=whole(config, "kv_lora_rank"),
+        nope_head_dim=nope,
+        rope_head_dim=rope,
+        v_head_dim=whole(config, "v_head_dim"),
+    )
 
 
 def _moe_v3(config: Mapping[str, Any]) -> MoEConfig:
     """noaux_tc: sigmoid scores, a bias for the choice, groups ranked by their two best."""
     for key, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
-        found = config.get(key, value)
-        check(found == value, f"config.json: {key}={found!r} is not what {V3} computes; expected {value!r}.")
+        found = word(config, key, value)
+        check(found == value, f"config.json: {key}={shown(found)} is not what {V3} computes; expected {value!r}.")
     return MoEConfig(
         **_moe_sizes(config),
-        num_groups=_groups(config, "n_group"),
-        groups_per_token=_groups(config, "topk_group"),
+        num_groups=_null_as(1, config, "n_group"),
+        groups_per_token=_null_as(1, config, "topk_group"),
         score="sigmoid",
         has_bias=True,
-        normalize_weights=bool(config.get("norm_topk_prob", True)),
+        normalize_weights=flag(config, "norm_topk_prob", True),
         scale=real(config, "routed_scaling_factor"),
     )
 
 
 def _moe_v2(config: Mapping[str, Any]) -> MoEConfig:
     """Softmax scores without a bias; "group_limited_greedy" ranks groups by their best."""
-    method = config.get("topk_method", "greedy")
+    method = word(config, "topk_method", "greedy")
     check(
         method in ("greedy", "group_limited_greedy"),
-        f"config.json: topk_method={method!r} is not what {V2} computes; use 'greedy' or 'group_limited_greedy'.",
+        f"config.json: topk_method={shown(method)} is not what {V2} computes; use 'greedy' or 'group_limited_greedy'.",
     )
-    found = config.get("scoring_func", "softmax")
-    check(found == "softmax", f"config.json: scoring_func={found!r} is not what {V2} computes; expected 'softmax'.")
+    found = word(config, "scoring_func", "softmax")
+    check(
+        found == "softmax", f"config.json: scoring_func={shown(found)} is not what {V2} computes; expected 'softmax'."
+    )
     is_grouped = method == "group_limited_greedy"
-    normalize_weights, scale = bool(config.get("norm_topk_prob", False)), real(config, "routed_scaling_factor", 1.0)
+    normalize_weights, scale = flag(config, "norm_topk_prob", False), real(config, "routed_scaling_factor", 1.0)
     _check_v2(normalize_weights, scale)
     return MoEConfig(
         **_moe_sizes(config),
@@ -221,65 +287,17 @@ def _check_v2(normalize_weights: bool, scale: float) -> None:
 
 
 def _moe_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """A null for the shared experts says that there are none; transformers also takes other names of the routed."""
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    stated = agreed({name: whole(config, name) for name in names if config.get(name) is not None})
     return {
-        "num_experts": whole(config, "n_routed_experts"),
-        "num_shared_experts": whole(config, "n_shared_experts", 0),
+        "num_experts": whole(config, "n_routed_experts") if stated is None else stated,
+        "num_shared_experts": _null_as(0, config, "n_shared_experts"),
         "top_k": whole(config, "num_experts_per_tok"),
         "expert_dim": whole(config, "moe_intermediate_size"),
     }
 
 
-def _groups(config: Mapping[str, Any], key: str) -> int:
-    """A null says that experts are not grouped."""
-    return 1 if key in config and config[key] is None else whole(config, key)
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
-    """(theta, YaRN) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (official)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    check(isinstance(rope, Mapping), f"config.json: rope_scaling={rope!r} is not an object.")
-    theta = real(rope, "rope_theta") if "rope_theta" in rope else real(config, "rope_theta", 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check(
-        kind in ("default", "yarn"),
-        f"config.json: rope type {kind!r} cannot be represented; only 'default' (none) and 'yarn' are read.",
-    )
-    if kind == "default":
-        return theta, None
-    for key, value in (("attention_factor", None), ("truncate", True)):
-        found = rope.get(key, value)
-        check(
-            found == value,
-            f"config.json: rope {key}={found!r} cannot be represented; DeepSeek's YaRN has only {value!r}.",
-        )
-    yarn = YarnConfig(
-        factor=real(rope, "factor"),
-        original_max_position=whole(rope, "original_max_position_embeddings"),
-        beta_fast=real(rope, "beta_fast", 32.0),
-        beta_slow=real(rope, "beta_slow", 1.0),
-        mscale=real(rope, "mscale", 1.0),
-        mscale_all_dim=real(rope, "mscale_all_dim", 0.0),
-    )
-    check(
-        yarn.mscale_all_dim != 0.0 or yarn.mscale == 1.0,
-        f"config.json: rope mscale={yarn.mscale} without mscale_all_dim is ambiguous: DeepSeek's code uses it, "
-        "transformers ignores it; give both.",
-    )
-    return theta, yarn
-
-
-def _rope_scaling(yarn: YarnConfig) -> dict[str, Any]:
-    return {
-        "type": "yarn",
-        "factor": _short(yarn.factor),
-        "original_max_position_embeddings": yarn.original_max_position,
-        "beta_fast": _short(yarn.beta_fast),
-        "beta_slow": _short(yarn.beta_slow),
-        "mscale": yarn.mscale,
-        "mscale_all_dim": yarn.mscale_all_dim,
-    }
-
-
-def _short(value: float) -> float | int:
-    """10000.0 -> 10000, as the released files write it."""
-    return int(value) if float(value).is_integer() else value
+def _null_as(value: int, config: Mapping[str, Any], key: str) -> int:
+    """The whole number at `key`, which must be there; `value` for a null."""
+    return value if key in config and config[key] is None else whole(config, key)
