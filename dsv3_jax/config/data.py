@@ -47,12 +47,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_finite(self)
         check(
-            isinstance(self.paths, tuple) and all(isinstance(path, str) and path for path in self.paths),
-            f"paths={self.paths!r} must be a tuple of non-empty strings; write data.paths=('my/folder',) (DataConfig).",
+            isinstance(self.paths, tuple) and all(isinstance(path, str) and path.strip() for path in self.paths),
+            f"paths={self.paths!r} must be a tuple of non-empty strings; write paths=('folder',) (DataConfig.paths).",
         )
         check(
-            self.text_field != "",
-            "text_field='' names no field; give the jsonl field or parquet column that holds the text (DataConfig).",
+            self.text_field.strip() != "",
+            f"text_field={self.text_field!r} names no field; give the jsonl field or parquet column with the text "
+            "(DataConfig.text_field).",
         )
         check(
             self.on_bad_file in ("error", "skip"),
@@ -78,4 +79,5 @@ class DataConfig:
             f"prefetch_batches={self.prefetch_batches} is negative; use 0 for none (DataConfig.prefetch_batches).",
         )
         for name in ("tokenizer", "cache_dir"):
-            check(getattr(self, name) != "", f"{name}='' is empty; use None or a path (DataConfig.{name}).")
+            value = getattr(self, name)
+            check(value is None or value.strip() != "", f"{name}={value!r} is empty; use None or a path (DataConfig).")

@@ -6,16 +6,16 @@ applied together before validation, so that fields which only make sense togethe
 
 import dataclasses
 import difflib
-import importlib.util
 import json
+import traceback
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config.check import ConfigError, check
-from dsv3_jax.config.paths import user_path
+from dsv3_jax.config.check import ConfigError, UserError, check
+from dsv3_jax.config.paths import shown, user_path
 from dsv3_jax.config.run import RunConfig
 
 
@@ -47,26 +47,54 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: in order; a later one wins.
 
     Raises:
-        ConfigError: no such file, no `get_config`, unknown key (the nearest is suggested), a value of the wrong type,
-            or fields that contradict each other.
+        ConfigError: no such file, no `get_config`, whatever the file raises (with its line), unknown key (the nearest
+            is suggested), a value of the wrong type, or fields that contradict each other.
     """
     path = user_path(path)
-    check(path.is_file(), f"config file {str(path)!r} does not exist; see configs/ for those that come with it.")
-    spec = importlib.util.spec_from_file_location(f"dsv3_jax_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"config file {str(path)!r} is not a Python file; its name must end in .py.")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"config file {str(path)!r} is not valid Python: {error}") from error
-    check(hasattr(module, "get_config"), f"config file {str(path)!r} defines no get_config() -> RunConfig.")
-    cfg = module.get_config()
+        source = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config file {shown(path)} does not exist; see configs/ for those that come with it."
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"config file {shown(path)} is a folder; give a Python file such as configs/tiny.py."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config file {shown(path)} cannot be read: {error}.") from error
+    return override(_run_config(path, source), overrides)
+
+
+def _run_config(path: Path, source: bytes) -> RunConfig:
+    """What get_config() returns when `source` is run. Not imported: Python would leave, and trust, a compiled copy."""
+    names: dict[str, Any] = {"__name__": f"dsv3_jax_config_{path.stem}", "__file__": str(path)}
+    try:
+        exec(compile(source, str(path), "exec"), names)
+        if "get_config" not in names:
+            raise ConfigError("defines no get_config() -> RunConfig")
+        cfg = names["get_config"]()
+    except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is a user's error
+        raise ConfigError(f"config file {shown(path)}{_line_of(error, path)}: {_reason(error)}") from error
     check(
         isinstance(cfg, RunConfig),
-        f"get_config() of {str(path)!r} returned {type(cfg).__name__}; it must return a RunConfig.",
+        f"get_config() of {shown(path)} returned {type(cfg).__name__}; it must return a RunConfig.",
     )
-    return override(cfg, overrides)
+    return cfg
+
+
+def _reason(error: BaseException) -> str:
+    """What `error` says, in one line."""
+    said = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """The line of the file where `error` arose, as ", line 12"; empty when it did not arise there."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path) and error.lineno:
+        lines.append(error.lineno)
+    return f", line {lines[-1]}" if lines else ""
 
 
 def override(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -78,7 +106,10 @@ def override(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
     tree = to_dict(cfg)
     for text in overrides:
         key, sign, value = text.partition("=")
-        check(sign == "=" and key != "", f"--set {text!r} is not of the form key=value, such as train.lr.peak=1e-3.")
+        check(
+            sign == "=" and key != "",
+            f"--set {_short(text)!r} is not of the form key=value, such as train.lr.peak=1e-3.",
+        )
         _assign(tree, key.strip(), value)
     return from_dict(tree)
 
@@ -132,7 +163,7 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
         if inside:
             raise ConfigError(f"--set {key!r} names a group; set one of its fields: {', '.join(inside)}.")
         near = _nearest(key, known)
-        raise ConfigError(f"--set {key!r}: unknown key" + (f"; did you mean {near!r}?" if near else "."))
+        raise ConfigError(f"--set {_short(key)!r}: unknown key" + (f"; did you mean {near!r}?" if near else "."))
     *parents, name = key.split(".")
     node = tree
     for depth, parent in enumerate(parents):
@@ -159,14 +190,15 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     if hint is str:
         return text
     text = text.strip()
-    wrong = ConfigError(f"--set {key}={text}: not {_say(hint)}.")
+    said = f"--set {key}={shown(_short(text))}"
+    wrong = ConfigError(f"{said}: not {_say(hint)}.")
     if _optional(hint):
         if text.lower() in ("none", "null"):
             return None
         return _parse(text, _inner(hint), key)
     if dataclasses.is_dataclass(hint):
         if text != "default":
-            raise ConfigError(f"--set {key}={text}: a group takes 'default' or 'none'; set its fields one by one.")
+            raise ConfigError(f"{said}: a group takes 'default' or 'none'; set its fields one by one.")
         return to_dict(typing.cast(Any, hint)())
     if typing.get_origin(hint) is typing.Literal:
         for choice in typing.get_args(hint):
@@ -191,10 +223,16 @@ def _parse_list(text: str, hint: Any, key: str) -> list[Any]:
     item = typing.get_args(hint)[0]
     if text.startswith("["):
         try:
-            return [_convert(value, item, key) for value in json.loads(text)]
-        except json.JSONDecodeError:
-            raise ConfigError(f"--set {key}={text}: not a JSON list.") from None
-    return [_parse(part.strip(), item, key) for part in text.split(",") if part.strip()]
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ConfigError(f"--set {key}={shown(_short(text))}: not a JSON list.") from None
+        return [_convert(value, item, key) for value in values]
+    said, parts = shown(_short(text)), [part.strip() for part in text.split(",")]
+    check(
+        all(parts),
+        f"--set {key}={said}: an item is empty (a variable that is not set?); write {key}=a,b, or {key}=[] for none.",
+    )
+    return [_parse(part, item, key) for part in parts]
 
 
 def _whole(text: str) -> int:
@@ -266,5 +304,9 @@ def _say(hint: Any) -> str:
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def _show(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
+    return value if isinstance(value, str) and value.isprintable() else repr(value)

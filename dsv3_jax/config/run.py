@@ -34,6 +34,15 @@ class RunConfig:
             f"precision={self.precision!r} is unknown; use one of {', '.join(get_args(Precision))} "
             "(RunConfig.precision).",
         )
+        check(
+            self.name.strip() != "" and self.name.isprintable(),
+            f"name={self.name!r} cannot be printed as a title; give a word (RunConfig.name).",
+        )
+        check(
+            self.train.seq_len <= self.model.max_position,
+            f"train.seq_len={self.train.seq_len} exceeds model.max_position={self.model.max_position}, the positions "
+            "that an exported model admits to; shorten the rows or raise model.max_position (RunConfig).",
+        )
         check(0 <= self.seed < 2**31, f"seed={self.seed} is outside 0..2^31-1 (RunConfig.seed).")
 
     @property

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,10 +23,13 @@ from dsv3_jax.config.train import (
 
 CONFIGS = ("tiny", "bench_30m", "v2_lite_16b", "dsv3_671b")
 
+TINY = load_config(Path(__file__).parents[2] / "configs" / "tiny.py")
+NUMBER = r"\A-?[0-9_]{1,20}(\.[0-9]{0,3})?(e-?[0-9]{1,3})?\Z|\A(nan|inf|none|default|true|\[\]|\[1\])\Z"
+
 
 @pytest.fixture(scope="module")
-def tiny(repository: Path) -> RunConfig:
-    return load_config(repository / "configs" / "tiny.py")
+def tiny() -> RunConfig:
+    return TINY
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -101,6 +105,18 @@ def test_fields_that_belong_together_change_together(tiny: RunConfig):
         ("model.moe.num_experts=17", "not divisible"),
         ("train.batch.full=13", "whole micro-batches"),
         ("data.paths=[1]", "not text"),
+        ("data.paths=", "an item is empty"),
+        ("data.paths= , ", "an item is empty"),
+        ("data.paths=a,,b", "an item is empty"),
+        ('data.paths=["a", " "]', "non-empty strings"),
+        ("data.paths=" + "[" * 100_000, "not a JSON list"),
+        ("data.tokenizer= ", "tokenizer='' is empty"),
+        ("data.cache_dir=", "cache_dir='' is empty"),
+        ("data.text_field= ", "names no field"),
+        ("name=", "name='' cannot be printed"),
+        ("name=a\nb", r"name='a\\nb' cannot be printed"),
+        ("train.seq_len=1025", r"seq_len=1025 exceeds model\.max_position=1024"),
+        ("model.max_position=255", r"seq_len=256 exceeds model\.max_position=255"),
         ("train.batch.micro=0", "micro=0 must be positive"),
         ("train.lr.peak=inf", r"peak=inf is not finite.*LearningRateConfig\.peak"),
         ("train.lr.peak=1e999", "peak=inf is not finite"),
@@ -128,6 +144,17 @@ def test_a_number_field_takes_finite_numbers_only():
                     cls(**{field.name: value})
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(fields_of())), st.one_of(st.text(), st.from_regex(NUMBER))), max_size=3)
+)
+def test_whatever_is_set_is_refused_with_a_sentence_or_survives_json(changes: list[tuple[str, str]]):
+    cfg = None
+    with contextlib.suppress(ConfigError):
+        cfg = override(TINY, [f"{key}={value}" for key, value in changes])
+    if cfg is not None:
+        assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
+
+
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "none.py")
@@ -137,9 +164,48 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path):
     (tmp_path / "wrong.py").write_text("def get_config(): return 3")
     with pytest.raises(ConfigError, match="returned int"):
         load_config(tmp_path / "wrong.py")
-    (tmp_path / "broken.py").write_text("def get_config(:")
-    with pytest.raises(ConfigError, match="not valid Python"):
-        load_config(tmp_path / "broken.py")
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "empty.py" / "below")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"def get_config(:", r"line 1: SyntaxError: invalid syntax$"),
+        (b"x = '\xe9'", "line 1: SyntaxError"),
+        (b"x = 1\0", "null bytes"),
+        (b"import no_such_module", "line 1: ModuleNotFoundError: No module named 'no_such_module'$"),
+        (b"raise SystemExit(3)", "line 1: SystemExit: 3"),
+        (b"def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero$"),
+        (b"def get_config(size):\n    pass", r"TypeError: get_config\(\) missing 1 required"),
+        (b"get_config = 3", "TypeError: 'int' object is not callable"),
+        (
+            b"from dsv3_jax.config.train import *\n\ndef get_config():\n  return TrainConfig(\n    seq_len=0)",
+            "line 4: seq_len=0",
+        ),
+        (b"(" * 100_000, "line 1"),
+    ],
+)
+def test_what_a_config_file_raises_is_one_line_with_its_place(tmp_path: Path, source: bytes, message: str):
+    path = tmp_path / "mine.py"
+    path.write_bytes(source)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_config(path)
+    assert str(raised.value).startswith(f"config file {path}")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_config_file_is_read_as_it_is_and_left_alone(tmp_path: Path, tiny: RunConfig, repository: Path):
+    """Written twice within a second, with the same size: a compiled copy beside it would be taken for the new one."""
+    path = tmp_path / "mine.py"
+    source = (repository / "configs" / "tiny.py").read_text()
+    path.write_text(source)
+    assert load_config(path) == tiny
+    path.write_text(source.replace("peak=4e-3", "peak=5e-3"))
+    assert load_config(path).train.lr.peak == 5e-3
+    assert [item.name for item in tmp_path.iterdir()] == ["mine.py"]
 
 
 def test_json_of_another_version_is_refused_with_the_key(tiny: RunConfig):
