@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ class PreparedData:
     heldout: Shards
     counts: dict[str, dict[str, int]]
 
-    def heldout_texts(self) -> Iterator[bytes]:
-        """The held-out documents, byte for byte."""
-        return (self.tokenizer.decode(self.heldout[i]).encode() for i in range(len(self.heldout)))
+    def heldout_texts(self) -> Sequence[bytes]:
+        """The held-out documents, byte for byte, decoded when they are asked for."""
+        return _Texts(self.tokenizer, self.heldout)
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of "tokenizer", "train" and "heldout": equal exactly where ids and tokens are; no shard is read."""
@@ -47,6 +47,17 @@ class PreparedData:
             "train": self.train.digest(),
             "heldout": self.heldout.digest(),
         }
+
+
+class _Texts(Sequence[bytes]):
+    def __init__(self, tokenizer: TextTokenizer, documents: Shards):
+        self._tokenizer, self._documents = tokenizer, documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index):
+        return self._tokenizer.decode(self._documents[index]).encode()
 
 
 def open_prepared(cfg: DataConfig, model: ModelConfig, folder: Path) -> PreparedData:
