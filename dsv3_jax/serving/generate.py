@@ -26,7 +26,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     policy: Policy | None = None,
 ) -> np.ndarray:
     """Completes each prompt by `max_new_tokens` tokens; greedy unless `temperature` > 0.
@@ -39,8 +39,9 @@ def generate(
         temperature: 0 for the likeliest token, else the softmax temperature.
         top_k: keep only the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
-        seed: of the sampling.
-        eos_id: a sequence that produced this id is filled up with it, and generation stops when all have.
+        seed: of the sampling, below 2^32.
+        eos_id: the id that ends a sequence, or several (`interop.stop_tokens.stop_ids` gives those of a folder). A
+            sequence that produced one is filled up with it, and generation stops when all have.
         policy: dtypes of the arithmetic; default: the dtype that the parameters have.
 
     Returns:
@@ -52,12 +53,10 @@ def generate(
     """
     prompts = _checked_prompts(cfg, prompt_ids, max_new_tokens)
     check(temperature >= 0, f"temperature={temperature} must be at least 0; use 0 for greedy (generate).")
-    check(
-        eos_id is None or 0 <= eos_id < cfg.vocab_size,
-        f"eos_id={eos_id} is outside 0..{cfg.vocab_size - 1}; use None to generate on (generate).",
-    )
+    stop_ids = _checked_stop_ids(cfg, eos_id)
     check(0 < top_p <= 1, f"top_p={top_p} must lie in (0, 1]; 1 keeps every token (generate).")
     check(top_k >= 0, f"top_k={top_k} is negative; use 0 to keep every token (generate).")
+    check(-(2**31) <= seed < 2**32, f"seed={seed} has more than 32 bits; use 0..2^32-1 (generate).")
     policy = policy or policy_of(variables["params"]["embed"]["w"].dtype)
 
     prompt_size = bucket(max(len(prompt) for prompt in prompts))
@@ -72,9 +71,13 @@ def generate(
         cache,
         logits,
         np.int32(max_new_tokens),
-        np.int32(-1 if eos_id is None else eos_id),
+        stop_ids,
         jax.random.key(seed),
-        {"temperature": np.float32(temperature), "top_k": np.int32(top_k), "top_p": np.float32(top_p)},
+        {
+            "temperature": np.float32(temperature),
+            "top_k": np.int32(min(top_k, cfg.vocab_size)),
+            "top_p": np.float32(top_p),
+        },
         is_greedy=temperature == 0,
         policy=policy,
     )
@@ -111,6 +114,18 @@ def _checked_prompts(cfg: ModelConfig, prompt_ids, max_new_tokens: int) -> list[
     return [prompt.astype(np.int32) for prompt in prompts]
 
 
+def _checked_stop_ids(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> Int[np.ndarray, "K"]:
+    """The ids, filled up with -1, which is no token, to 1, 2, 4, ... of them: few shapes to compile."""
+    ids = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Sequence) else [eos_id]
+    for one in ids:
+        check(
+            0 <= one < cfg.vocab_size,
+            f"eos_id={one} is outside 0..{cfg.vocab_size - 1}; use None to generate on (generate).",
+        )
+    size = 1 << max(len(ids) - 1, 0).bit_length()
+    return np.array(ids + [-1] * (size - len(ids)), np.int32)
+
+
 @partial(jax.jit, static_argnames=("cfg", "cache_size", "policy"))
 def _prefill(cfg, variables, tokens, padding, *, cache_size: int, policy: Policy):
     return prefill(cfg, variables, tokens, padding, cache_size=cache_size, policy=policy)
@@ -123,17 +138,23 @@ def _complete(
     cache: LatentCache,
     logits: Float[Array, "B V"],
     num_tokens: Int[Array, ""],
-    eos_id: Int[Array, ""],
+    stop_ids: Int[Array, "K"],
     key: jax.Array,
     sampling: dict,
     *,
     is_greedy: bool,
     policy: Policy,
 ) -> Int[Array, "B S"]:
-    """The whole loop on the device: its trip count is data, so any `num_tokens` shares one compilation."""
+    """The whole loop on the device: its trip count is data, so any `num_tokens` shares one compilation.
+
+    A sequence that is done repeats its last token, also in the columns that the loop did not reach.
+    """
 
     def choose(logits, step):
         return greedy(logits) if is_greedy else sample(logits, jax.random.fold_in(key, step), **sampling)
+
+    def stops(token):
+        return (token[:, None] == stop_ids[None, :]).any(axis=-1)
 
     def more(state):
         step, _, _, is_done, _ = state
@@ -142,11 +163,12 @@ def _complete(
     def one_more(state):
         step, cache, token, is_done, out = state
         cache, logits = decode(cfg, weights, token, cache, policy=policy)
-        token = jnp.where(is_done, eos_id, choose(logits, step))
+        token = jnp.where(is_done, token, choose(logits, step))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
-        return step + 1, cache, token, is_done | (token == eos_id), out
+        return step + 1, cache, token, is_done | stops(token), out
 
     weights = decoding_weights(cfg, variables)
     first = choose(logits, 0)
-    out = jnp.broadcast_to(eos_id, cache.rows.shape[1:3]).at[:, 0].set(first)
-    return jax.lax.while_loop(more, one_more, (jnp.int32(1), cache, first, first == eos_id, out))[4]
+    out = jnp.broadcast_to(first[:, None], cache.rows.shape[1:3])
+    step, _, last, _, out = jax.lax.while_loop(more, one_more, (jnp.int32(1), cache, first, stops(first), out))
+    return jnp.where(jnp.arange(out.shape[1]) < step, out, last[:, None])

@@ -102,6 +102,22 @@ def test_a_finished_sequence_is_filled_with_eos(base) -> None:
     np.testing.assert_array_equal(generate(cfg, variables, [prompts[0]] * 3, 12, eos_id=first), first)
 
 
+def test_any_of_several_ids_stops_a_sequence_which_is_filled_up_with_it(base) -> None:
+    cfg, variables = base
+    prompts = prompts_of(cfg, (4, 6, 5), 7)
+    free = generate(cfg, variables, prompts, 12)
+    for stops in ([int(free[0, 2]), int(free[1, 3])], (int(free[2, 5]), int(free[0, 1]), int(free[1, 4])), [], [2]):
+        out = generate(cfg, variables, prompts, 12, eos_id=stops)
+        for row in range(3):
+            hits = np.flatnonzero(np.isin(free[row], stops))
+            end = hits[0] if len(hits) else 11
+            np.testing.assert_array_equal(out[row, : end + 1], free[row, : end + 1])
+            np.testing.assert_array_equal(out[row, end:], free[row, end])
+    np.testing.assert_array_equal(generate(cfg, variables, prompts, 12, eos_id=2), out)
+    sizes = {len(module._checked_stop_ids(cfg, list(range(count)))) for count in range(9)}
+    assert sizes == {1, 2, 4, 8}
+
+
 def test_length_and_count_share_one_compilation_a_bucket(base) -> None:
     cfg, variables = base
     generate(cfg, variables, prompts_of(cfg, (13, 2, 3)), 3)
@@ -112,7 +128,7 @@ def test_length_and_count_share_one_compilation_a_bucket(base) -> None:
     assert (module._complete._cache_size(), module._prefill._cache_size()) == before
     generate(cfg, variables, prompts_of(cfg, (5, 5, 5)), 3, temperature=1.0, top_k=5)
     sampling = module._complete._cache_size()
-    generate(cfg, variables, prompts_of(cfg, (6, 5, 5)), 2, temperature=0.3, top_k=9, top_p=0.5, seed=9)
+    generate(cfg, variables, prompts_of(cfg, (6, 5, 5)), 2, temperature=0.3, top_k=10**30, top_p=0.5, seed=2**32 - 1)
     assert module._complete._cache_size() == sampling
 
 
@@ -153,6 +169,8 @@ BAD = {
     "top_p above one": ([[3]], {"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
     "negative top_k": ([[3]], {"top_k": -2}, "top_k=-2 is negative; use 0 to keep every token"),
     "foreign eos": ([[3]], {"eos_id": 67}, "eos_id=67 is outside 0..66"),
+    "foreign eos among others": ([[3]], {"eos_id": [1, -1]}, "eos_id=-1 is outside 0..66"),
+    "long seed": ([[3]], {"seed": 2**40}, "seed=1099511627776 has more than 32 bits"),
 }
 
 
