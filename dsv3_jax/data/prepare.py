@@ -197,6 +197,11 @@ def _encoded(
         for text, ids in zip(chunk, tokenizer.encode_many(chunk), strict=True):
             size = len(text.encode())
             is_exact = int(tokenizer.bytes_per_token[ids].sum()) == size
+            if not is_exact and 0 in (sizes := tokenizer.bytes_per_token[ids]):
+                raise UserError(
+                    f"the tokenizer writes text with token {ids[sizes == 0][0]}, which is bos, eos or another mark; "
+                    "give another data.tokenizer, or other ids as model.bos_id and model.eos_id."
+                )
             if not is_exact or (count["documents"] < _DECODED_DOCUMENTS and tokenizer.decode(ids) != text):
                 raise UserError(
                     "the tokenizer does not give back the text it was given (a normalizer, an unknown token or no "

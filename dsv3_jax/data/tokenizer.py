@@ -1,5 +1,6 @@
 """Byte-level BPE over the `tokenizers` library: text to ids, ids to text, bytes of each id."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -40,11 +41,15 @@ _WORDS = "|".join(
 
 
 class TextTokenizer:
-    """A tokenizer.json with the roles the project needs; special tokens written in a text stay text."""
+    """A tokenizer.json with the roles the project needs; marks written in a text stay text.
+
+    A mark is any added token, called special or not (released tokenizers do not call theirs so), but for runs of
+    blanks, which some tokenizers add to spell indentation.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer, *, bos_id: int | None = 0, eos_id: int = 1):
-        inner.encode_special_tokens = True
         self._inner = inner
+        self._encoder = _encoder_of_text(inner)
         self.bos_id = bos_id
         self.eos_id = eos_id
 
@@ -73,7 +78,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> Int[np.ndarray, "N"]:
         """Ids of a text, without bos and eos."""
-        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.asarray(self._encoder.encode(text, add_special_tokens=False).ids, np.int32)
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a text to continue: bos, where texts begin with it, and the text's."""
@@ -81,21 +86,23 @@ class TextTokenizer:
 
     def encode_many(self, texts: Sequence[str]) -> list[Int[np.ndarray, "_"]]:
         """`encode` of each, on all cores."""
-        found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
 
-    def decode(self, ids: Sequence[int | np.integer] | Integer[np.ndarray, "N"], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int | np.integer] | Integer[np.ndarray, "N"]) -> str:
         """Text of ids; bytes that are no UTF-8 (a cut character) become U+FFFD."""
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @functools.cached_property
     def bytes_per_token(self) -> Int[np.ndarray, "V"]:
-        """UTF-8 bytes each id stands for; 0 for special tokens and unused ids."""
+        """UTF-8 bytes each id stands for; 0 for bos, eos, pad, fill-in-the-middle, special tokens and unused ids."""
         sizes = np.zeros(self.num_tokens, np.int32)
         for token, i in self._inner.get_vocab(with_added_tokens=False).items():
             sizes[i] = len(token)  # one character of the byte alphabet a byte
         for i, token in self._inner.get_added_tokens_decoder().items():
             sizes[i] = 0 if token.special else len(token.content.encode())
+        roles = [self.bos_id, self.eos_id, self.pad_id, *(dataclasses.astuple(self.fim) if self.fim else ())]
+        sizes[[i for i in roles if i is not None]] = 0
         return sizes
 
     @functools.cached_property
@@ -107,7 +114,7 @@ class TextTokenizer:
             if not any(mark in token[1:] for mark in _LINE_BREAKS):
                 continue
             text = self.decode([i])
-            cut = min(place for place in (text.find("\n"), text.find("\r")) if place >= 0)
+            cut = min((place for place in (text.find("\n"), text.find("\r")) if place >= 0), default=0)
             parts = [self.encode(text[:cut]), self.encode(text[cut:] + word)[: -len(self.encode(word))]]
             if text[:cut].strip() and [len(part) for part in parts] == [1, 1]:
                 halves[i] = np.concatenate(parts)
@@ -116,6 +123,18 @@ class TextTokenizer:
     def to_json(self) -> str:
         """The tokenizer.json that `load` and other libraries read."""
         return self._inner.to_str(pretty=True)
+
+
+def _encoder_of_text(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """`inner` without what its file may ask for besides: active marks, padding, truncation, random merges."""
+    parsed = json.loads(inner.to_str())
+    for token in parsed["added_tokens"]:
+        token["special"] = token["special"] or bool(token["content"].strip())
+    parsed["padding"] = parsed["truncation"] = None
+    parsed["model"].pop("dropout", None)
+    encoder = tokenizers.Tokenizer.from_str(json.dumps(parsed))
+    encoder.encode_special_tokens = True  # special tokens in a text are text
+    return encoder
 
 
 def train(texts: Iterator[str], *, vocab_size: int) -> TextTokenizer:

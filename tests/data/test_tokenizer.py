@@ -17,13 +17,57 @@ def test_any_text_comes_back_and_its_bytes_are_counted(small_tokenizer, text):
     assert int(small_tokenizer.bytes_per_token[ids].sum()) == len(text.encode())
 
 
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"special": False}, {"special": False, "normalized": True}, {"special": False, "lstrip": True}],
+    ids=lambda flags: ", ".join(flags) or "special",
+)
+def marked_tokenizer(small_tokenizer, tmp_path_factory, request):
+    """The small tokenizer with its marks declared as others declare theirs, and two marks that have no role."""
+    content = json.loads(small_tokenizer.to_json())
+    last = len(content["model"]["vocab"])
+    content["added_tokens"] += [
+        {**content["added_tokens"][0], "id": last + i, "content": mark, "special": False}
+        for i, mark in enumerate(("<｜User｜>", "[INST]", "        "))
+    ]
+    for token in content["added_tokens"]:
+        token.update(request.param)
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    file.write_text(json.dumps(content))
+    return tokenizer.load(file)
+
+
 @settings(deadline=None, max_examples=50)
-@given(parts=st.lists(st.sampled_from([*tokenizer.SPECIAL_TOKENS, "a", " ", "\n", "<|", "|>"]), max_size=12))
-def test_special_tokens_in_a_text_stay_text(small_tokenizer, parts):
+@given(
+    parts=st.lists(
+        st.sampled_from([*tokenizer.SPECIAL_TOKENS, "<｜User｜>", "[INST]", "a", " ", "\n", "<|"]), max_size=7
+    )
+)
+def test_marks_in_a_text_stay_text_whatever_they_are_called(marked_tokenizer, small_tokenizer, parts):
     text = "".join(parts)
-    ids = small_tokenizer.encode(text)
-    assert small_tokenizer.decode(ids) == text
-    assert all(i >= len(tokenizer.SPECIAL_TOKENS) for i in ids)
+    ids = marked_tokenizer.encode(text)
+    assert ids.tolist() == small_tokenizer.encode(text).tolist()
+    assert marked_tokenizer.decode(ids) == text
+    assert int(marked_tokenizer.bytes_per_token[ids].sum()) == len(text.encode())
+
+
+def test_roles_stand_for_no_bytes_and_added_blanks_for_theirs(marked_tokenizer):
+    assert marked_tokenizer.bytes_per_token[:6].tolist() == [0] * 6
+    [blanks] = marked_tokenizer.encode(" " * 8)
+    assert marked_tokenizer.bytes_per_token[blanks] == 8
+
+
+def test_what_a_file_asks_for_besides_is_not_done(small_tokenizer, tmp_path):
+    content = json.loads(small_tokenizer.to_json())
+    content["model"]["dropout"] = 0.5
+    content["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    content["padding"] = {
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
+        "pad_type_id": 0, "pad_token": "<|pad_token|>",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "def add(a, b):\n    return a + b\n"
+    assert tokenizer.load(tmp_path).encode(text).tolist() == small_tokenizer.encode(text).tolist()
 
 
 def test_roles_have_the_first_ids(small_tokenizer):
