@@ -1,32 +1,28 @@
 """Kernels in Pallas' interpreter of a GPU."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.dsv3_kernels.watch import run_watched
+
 
 @pytest.fixture
 def interpreted(request: pytest.FixtureRequest, repository: Path) -> Callable[..., str]:
-    """interpreted(*arguments, timeout=280): the output of `interpreted.py` beside the test, which must succeed.
+    """interpreted(*arguments): the output of `interpreted.py` beside the test, which must succeed.
 
-    A program of its own, because a failed callback of the interpreter can wait for ever.
+    A program of its own, because a failed callback of the interpreter can wait for ever; it is ended when it stops
+    advancing, not after a time.
     """
 
-    def run(*arguments: str, timeout: float = 280) -> str:
+    def run(*arguments: str) -> str:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository / "kernels")}
         environment.pop("XLA_FLAGS", None)  # one device is enough
-        result = subprocess.run(
-            [sys.executable, str(request.path.with_name("interpreted.py")), *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        program = str(request.path.with_name("interpreted.py"))
+        result = run_watched([sys.executable, program, *arguments], env=environment)
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout
 

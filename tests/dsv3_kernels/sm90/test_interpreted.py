@@ -45,4 +45,4 @@ def test_kernels_agree_with_the_reference(interpreted):
 
 @pytest.mark.slow
 def test_kernels_agree_with_the_reference_at_odd_sizes(interpreted):
-    _check(NAMES[NUM_FAST:], interpreted(*NAMES[NUM_FAST:], timeout=400))
+    _check(NAMES[NUM_FAST:], interpreted(*NAMES[NUM_FAST:]))
