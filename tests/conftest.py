@@ -68,3 +68,12 @@ def golden() -> Path:
 def repository() -> Path:
     """The root of the repository."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def compile_quickly() -> Iterator[None]:
+    """Leaves out most optimisations: tests that compile much and compute little take half the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

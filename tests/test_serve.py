@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.interop.save import save_pretrained
 from dsv3_jax.model.params import init
 from dsv3_jax.serving.generate import generate
+from tests.small import make_config
 
 PROMPTS = ["def f(x):", "import"]
 
@@ -31,19 +31,7 @@ def serve() -> ModuleType:
 def exported(tmp_path_factory: pytest.TempPathFactory):
     """A random model with its tokenizer, as an official folder."""
     tokenizer = tokenizers.train(iter(["def f(x):\n    return x\n" * 20, "import os\n" * 20]), vocab_size=300)
-    cfg = ModelConfig(
-        vocab_size=300,
-        model_dim=16,
-        num_layers=2,
-        num_dense_layers=1,
-        ffn_dim=24,
-        mla=MLAConfig(num_heads=2, q_latent_dim=8, kv_latent_dim=8, nope_head_dim=4, rope_head_dim=4, v_head_dim=4),
-        moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8, num_groups=2, groups_per_token=1),
-        mtp_depth=0,
-        max_position=64,
-        yarn=None,
-        init_std=0.3,
-    )
+    cfg = make_config(vocab_size=300, mtp_depth=0)
     variables = init(cfg, jax.random.key(0))
     folder = tmp_path_factory.mktemp("model") / "hf"
     file = folder.parent / "tokenizer.json"

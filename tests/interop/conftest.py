@@ -9,26 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
+from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.hf_names import flatten, unflatten
 from dsv3_jax.model.params import abstract_params
+from tests.small import make_config
 
 
 @pytest.fixture
 def small() -> ModelConfig:
-    """Two dense layers, two of experts, one MTP module; ragged against blocks of 128."""
-    return ModelConfig(
-        vocab_size=96,
-        model_dim=136,
-        num_layers=4,
-        num_dense_layers=2,
-        ffn_dim=160,
-        mla=MLAConfig(num_heads=3, q_latent_dim=20, kv_latent_dim=12, nope_head_dim=6, rope_head_dim=4, v_head_dim=5),
-        moe=MoEConfig(num_experts=4, top_k=2, expert_dim=24, num_groups=2, groups_per_token=1),
-        mtp_depth=1,
-        max_position=512,
-        yarn=None,
-    )
+    """The shared small model, ragged against blocks of 128: two dense layers, two of experts, one MTP module."""
+    return make_config(model_dim=136, num_layers=4, num_dense_layers=2, ffn_dim=160, yarn=None)
 
 
 @pytest.fixture

@@ -8,24 +8,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
+from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.convert import official_shape, put_official, to_official
 from dsv3_jax.interop.hf_names import SCALE_SUFFIX, TABLE, entries, flatten, official_tensors, unflatten
 from dsv3_jax.model.params import abstract_params
+from tests.small import make_config
 
 DTYPES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F32": "float32"}
 
-SMALL = ModelConfig(
-    vocab_size=64,
-    model_dim=32,
-    num_layers=5,
-    num_dense_layers=2,
-    ffn_dim=48,
-    mla=MLAConfig(num_heads=2, q_latent_dim=8, kv_latent_dim=8, nope_head_dim=4, rope_head_dim=2, v_head_dim=6),
-    moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8, num_groups=1, groups_per_token=1),
-    mtp_depth=2,
-    yarn=None,
-)
+SMALL = make_config(num_layers=5, num_dense_layers=2, mtp_depth=2)
 SHAPES_OF_MODELS = {
     "full": ModelConfig(),
     "small": SMALL,

@@ -61,7 +61,7 @@ def test_what_a_model_does_not_have_is_absent(config, name: str) -> None:
 
 def test_the_tree_as_documented(config) -> None:
     cfg = config(mtp_depth=2)
-    V, D, F, H, Q, C = 61, 20, 26, 3, 14, 10
+    V, D, F, H, Q, C = 67, 20, 26, 3, 14, 10
     I, R, W, E, X = 7, 6, 5, 6, 9
     mla = {
         "mla/q_down": (D, Q), "mla/q_norm": (Q,), "mla/q_up": (Q, H, I + R), "mla/kv_down": (D, C + R),

@@ -3,30 +3,20 @@
 import dataclasses
 import json
 import math
-import time
 from pathlib import Path
 
 import jax
 import pytest
 
-from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
+from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.params import abstract_params, init
 from dsv3_jax.planning.params import PARTS, as_json, leaves, main, part_of, report, table, tree_lines
+from tests.small import make_config
 
-SMALL = ModelConfig(
-    vocab_size=48,
-    model_dim=16,
-    num_layers=3,
-    num_dense_layers=1,
-    ffn_dim=24,
-    mla=MLAConfig(num_heads=2, q_latent_dim=8, kv_latent_dim=8, nope_head_dim=4, rope_head_dim=4, v_head_dim=4),
-    moe=MoEConfig(num_experts=4, num_shared_experts=1, top_k=2, expert_dim=8, num_groups=1, groups_per_token=1),
-    mtp_depth=2,
-)
+SMALL = make_config(mtp_depth=2)
 
 
 def test_released_model_has_the_published_counts() -> None:
-    start = time.perf_counter()
     counted = report(ModelConfig())
     assert counted.main == 671_026_419_200
     assert counted.mtp == 11_610_068_224
@@ -35,7 +25,6 @@ def test_released_model_has_the_published_counts() -> None:
     assert counted.fp8_files.num_tensors == 91_991
     assert counted.fp8_files.num_elements == 684_531_386_000
     assert round(counted.fp8_files.num_bytes / 2**30, 1) == 641.3
-    assert time.perf_counter() - start < 30
 
 
 def test_tree_of_the_released_model_is_the_golden_one(golden: Path) -> None:
@@ -69,7 +58,7 @@ def test_files_hold_each_parameter_once_and_copies_of_vocabulary() -> None:
     counted = report(SMALL)
     copies = SMALL.mtp_depth * 2 * SMALL.vocab_size * SMALL.model_dim
     assert counted.bfloat16_files.num_elements == counted.main + counted.mtp + copies
-    biases = SMALL.num_moe_layers * 4 + SMALL.mtp_depth * 4
+    biases = (SMALL.num_moe_layers + SMALL.mtp_depth) * SMALL.moe.num_experts
     assert counted.bfloat16_files.num_bytes == 2 * counted.bfloat16_files.num_elements + 2 * biases
 
 

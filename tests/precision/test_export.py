@@ -24,7 +24,7 @@ def test_an_fp8_export_is_quantised_as_the_training_does(repository: Path, tmp_p
         model,
         model_dim=144,
         ffn_dim=256,
-        moe=dataclasses.replace(model.moe, num_experts=2, num_groups=1, expert_dim=128),
+        moe=dataclasses.replace(model.moe, num_experts=2, top_k=2, num_groups=1, groups_per_token=1, expert_dim=128),
     )
     variables = init(cfg, jax.random.key(3))
     ds.save_pretrained(tmp_path / "fp8", cfg, variables, dtype="float8_e4m3fn")

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.config.data import DataConfig
-from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.train import (
     AuxiliaryConfig,
@@ -14,6 +13,7 @@ from dsv3_jax.config.train import (
     OutputConfig,
     TrainConfig,
 )
+from tests.small import make_config
 
 CONFIG_FILE = Path(__file__).parent / "midget.py"
 
@@ -23,21 +23,8 @@ def small() -> RunConfig:
     return small_config()
 
 
-def small_config(**changes) -> RunConfig:
-    """Two layers, one MTP module, 8 experts."""
-    model = ModelConfig(
-        vocab_size=64,
-        model_dim=16,
-        num_layers=2,
-        num_dense_layers=1,
-        ffn_dim=32,
-        mla=MLAConfig(num_heads=2, q_latent_dim=8, kv_latent_dim=8, nope_head_dim=8, rope_head_dim=4, v_head_dim=8),
-        moe=MoEConfig(num_experts=8, num_shared_experts=1, top_k=2, expert_dim=8, num_groups=2, groups_per_token=1),
-        mtp_depth=1,
-        max_position=64,
-        yarn=None,
-        init_std=0.1,
-    )
+def small_config() -> RunConfig:
+    """The shared small model on rows of 12 tokens, four of them a step."""
     train = TrainConfig(
         seq_len=12,
         total_tokens=10_000,
@@ -49,4 +36,9 @@ def small_config(**changes) -> RunConfig:
         remat="none",
         loss_chunk_size=5,
     )
-    return RunConfig("small", model, DataConfig(), train)
+    return RunConfig("small", make_config(num_layers=2, init_std=0.1), DataConfig(), train)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly(compile_quickly: None) -> None:
+    """Every test here compiles quickly."""

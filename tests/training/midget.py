@@ -6,29 +6,17 @@ Expected: 24 steps in a second or two once compiled.
 """
 
 from dsv3_jax.config.data import DataConfig
-from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.train import AuxiliaryConfig, BatchConfig, LearningRateConfig, OutputConfig, TrainConfig
+from tests.small import make_config
 
 SEQ_LEN = 16
 STEPS = 24
 
 
 def get_config() -> RunConfig:
-    """Two layers, one MTP module, eight experts, one row a micro-batch; the batch grows from two rows to four."""
-    model = ModelConfig(
-        vocab_size=300,
-        model_dim=16,
-        num_layers=2,
-        num_dense_layers=1,
-        ffn_dim=32,
-        mla=MLAConfig(num_heads=2, q_latent_dim=8, kv_latent_dim=8, nope_head_dim=8, rope_head_dim=4, v_head_dim=8),
-        moe=MoEConfig(num_experts=8, num_shared_experts=1, top_k=2, expert_dim=8, num_groups=2, groups_per_token=1),
-        mtp_depth=1,
-        max_position=64,
-        yarn=None,
-        init_std=0.1,
-    )
+    """The shared small model, two rows a micro-batch; the batch grows from two rows to four."""
+    model = make_config(vocab_size=300, num_layers=2, yarn=None, init_std=0.1)
     tokens = STEPS * 4 * SEQ_LEN
     train = TrainConfig(
         seq_len=SEQ_LEN,

@@ -21,7 +21,8 @@ def test_bits_per_byte_counts_scored_tokens_only(small):
     batches = [{**batch, "num_bytes": np.array([7, 6])}]
     result = evaluate(make_evaluator(small), state.variables, batches)
 
-    logits = ds.forward(small.model, state.variables, batch["tokens"], batch["positions"], batch["segment_ids"]).logits
+    forward = jax.jit(ds.forward, static_argnums=0)
+    logits = forward(small.model, state.variables, batch["tokens"], batch["positions"], batch["segment_ids"]).logits
     log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][:, :, None], -1)[:, :, 0]
     nll = -(log_p * batch["loss_mask"]).sum()
     assert result.num_tokens == (T - 3) + 4
