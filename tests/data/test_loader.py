@@ -194,6 +194,35 @@ def test_rate_zero_leaves_documents_alone(cfg, prepared):
     assert num_fim == 0
 
 
+def test_the_rate_is_the_share_of_line_breaks_that_are_split(model, tmp_path):
+    lines = ["if f(a):\n    g(b)\n", "for c in d:\n    e = [c]\n", "h(i);\nj = k\n", "class L:\n\n    m = (n)\n"]
+    (tmp_path / "code.txt").write_text("".join(lines * 300))
+    cfg = DataConfig(paths=(str(tmp_path / "code.txt"),), fim_rate=0.0)
+    found = prepare(cfg, model, tmp_path / "run", say=lambda line: None)
+
+    def num_whole(rate):
+        documents = _epochs(dataclasses.replace(cfg, token_split_rate=rate), found, 1)
+        return sum(int((found.tokenizer.line_break_halves[document, 0] >= 0).sum()) for document in documents)
+
+    whole = {rate: num_whole(rate) for rate in (0.0, 0.3, 1.0)}
+    assert whole[0.0] > 200
+    assert 0.6 < whole[0.3] / whole[0.0] < 0.8
+    assert whole[1.0] == 0
+
+
+def test_rows_are_shuffled_within_windows_of_the_configured_size(cfg, prepared):
+    def first_rows(shuffle_rows):
+        batches = _iterator(dataclasses.replace(cfg, shuffle_rows=shuffle_rows), prepared, batch_size=8)
+        rows = [row for _ in range(8) for row in next(batches)["tokens"].tolist()]
+        batches.close()
+        return rows
+
+    plain, shuffled = first_rows(1), first_rows(32)
+    for window in (slice(0, 32), slice(32, 64)):
+        assert shuffled[window] != plain[window]
+        assert sorted(shuffled[window]) == sorted(plain[window])
+
+
 def test_more_processes_than_documents_are_refused(cfg, prepared):
     with pytest.raises(UserError, match="cannot feed 1000 processes"):
         _iterator(cfg, prepared, process_count=1000)

@@ -1,5 +1,6 @@
 """Completion equals the plain uncached forward pass, token for token, and compiles once a bucket."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,6 +77,14 @@ def test_seeds_are_reproducible_and_differ(base) -> None:
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
     assert len({tuple(row) for row in generate(cfg, variables, [prompts[0]] * 3, 12, temperature=1.5)}) == 3
+
+
+def test_every_token_is_drawn_with_a_key_of_its_own(base) -> None:
+    """Where all tokens are equally likely whatever came before, one key would draw one token again and again."""
+    cfg, variables = base
+    params = {**variables["params"], "unembed": jax.tree.map(jnp.zeros_like, variables["params"]["unembed"])}
+    drawn = generate(cfg, {**variables, "params": params}, prompts_of(cfg, (4, 6, 5), 5), 12, temperature=1.0)
+    assert all(len(set(row)) >= 6 for row in drawn.tolist())
 
 
 def test_sampling_that_leaves_one_token_is_greedy(base) -> None:

@@ -27,6 +27,13 @@ def test_the_reports_five_phases():
     assert learning_rate(14_800 * 10**9, RATE) == 7.3e-6
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_the_rate_falls_along_a_cosine(share: float):
+    tokens = RATE.constant_until_tokens + int(share * RATE.cosine_tokens)
+    expected = 2.2e-5 + (2.2e-4 - 2.2e-5) * (1 + math.cos(math.pi * share)) / 2
+    assert learning_rate(tokens, RATE) == pytest.approx(expected, rel=1e-9)
+
+
 @given(st.integers(min_value=RATE.warmup_tokens, max_value=15 * TRILLION), st.integers(min_value=1, max_value=TRILLION))
 def test_the_rate_never_rises_after_warm_up(tokens: int, more: int):
     assert learning_rate(tokens + more, RATE) <= learning_rate(tokens, RATE)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,9 +13,13 @@ from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.train import OptimizerConfig
 from dsv3_jax.data.pack import as_batch
 from dsv3_jax.training.optimizer import decay_mask, make_optimizer
-from dsv3_jax.training.state import init_state
-from dsv3_jax.training.step import Rates, batch_loss, make_step
+from dsv3_jax.training.state import TrainState, abstract_state, init_state
+from dsv3_jax.training.step import Parts, Rates, batch_loss, make_step
 from dsv3_jax.training.targets import MicroBatch, label_counts, make_micro_batch
+from tests.small import make_variables
+
+step_of = functools.cache(make_step)
+"""Compiled once for each configuration and loss."""
 
 RATES = Rates(np.float32(1e-2), np.float32(0.3), np.float32(0.01))
 
@@ -27,6 +32,10 @@ def batch_of(cfg: RunConfig, tokens: np.ndarray, segments: np.ndarray | None = N
     positions = None if segments is None else _positions(segments)
     made = as_batch(tokens, segments, positions)
     return make_micro_batch(made, mtp_depth=cfg.model.mtp_depth, document_mask=segments is not None)
+
+
+def with_depth(cfg: RunConfig, mtp_depth: int) -> RunConfig:
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, mtp_depth=mtp_depth))
 
 
 def _positions(segments: np.ndarray) -> np.ndarray:
@@ -48,12 +57,25 @@ def packed(cfg: RunConfig, seed: int, num: int = 4) -> np.ndarray:
     return segments
 
 
+def simple_loss(params, router_state, batch, counts, share, mtp_weight, *, cfg):
+    """A loss without a model: what does not depend on one compiles in no time."""
+    num_layers = cfg.model.num_moe_layers + cfg.model.mtp_depth
+    load = jnp.arange(num_layers * cfg.model.moe.num_experts).reshape(num_layers, -1)
+    squares = share * sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params))
+    return squares, Parts(squares, jnp.zeros(cfg.model.mtp_depth), jnp.zeros(num_layers), load)
+
+
+def zero_state(cfg: RunConfig) -> TrainState:
+    """A state for losses without a model."""
+    return jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), abstract_state(cfg))
+
+
 def test_labels_of_a_depth_never_cross_a_document_or_the_row(small):
     segments = np.array([[1] * 5 + [2] * 6 + [0] * 2], np.int32)
     tokens = rows(small, 0, 1)
-    batch = batch_of(small, tokens, segments)
+    batch = batch_of(with_depth(small, 2), tokens, segments)
     T = small.train.seq_len
-    for k in range(2):
+    for k in range(3):
         for t in range(T):
             inside = t + 1 + k <= T and segments[0, t] != 0 and segments[0, t] == segments[0, t + 1 + k]
             assert batch.weights[k, 0, t] == inside, (k, t)
@@ -70,15 +92,18 @@ def test_without_masks_every_label_in_the_row_counts(small):
 
 
 def test_loss_equals_the_formula_over_full_logits(small):
-    """L_main + λ/D Σ L_k + α Σ L_balance, with packing, against log-softmax of `forward`."""
+    """L_main + λ/D Σ L_k + α Σ L_balance at D = 2, with packing, against log-softmax of `forward`."""
+    small = with_depth(small, 2)
     tokens, segments = rows(small, 2), packed(small, 2)
     batch = jax.tree.map(jnp.asarray, batch_of(small, tokens, segments))
-    state = init_state(small)
+    variables = make_variables(small.model)
     counts = label_counts([jax.tree.map(np.asarray, batch)])
-    loss, parts = batch_loss(
-        state.params, state.router_state, batch, jnp.asarray(counts), jnp.float32(1), jnp.float32(0.3), cfg=small
+    loss, parts = jax.jit(functools.partial(batch_loss, cfg=small))(
+        *(variables["params"], variables["router_state"], batch, counts), jnp.float32(1), jnp.float32(0.3)
     )
-    out = ds.forward(small.model, state.variables, batch.tokens, batch.positions, batch.segment_ids)
+    out = jax.jit(ds.forward, static_argnums=0)(
+        small.model, variables, batch.tokens, batch.positions, batch.segment_ids
+    )
     means = []
     for k, logits in enumerate((out.logits, *out.mtp_logits)):
         log_p = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
@@ -90,8 +115,9 @@ def test_loss_equals_the_formula_over_full_logits(small):
                     count += 1
         means.append(total / count)
     assert float(parts.main) == pytest.approx(means[0], rel=1e-5)
-    assert float(parts.mtp[0]) == pytest.approx(means[1], rel=1e-5)
-    expected = means[0] + 0.3 * means[1] + 1e-4 * float(parts.balance.sum())
+    np.testing.assert_allclose(parts.mtp, means[1:], rtol=1e-5)
+    assert abs(means[1] - means[2]) > 0.01
+    expected = means[0] + 0.3 / 2 * (means[1] + means[2]) + 1e-4 * float(parts.balance.sum())
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
@@ -100,7 +126,7 @@ def test_accumulation_equals_one_big_batch_when_label_counts_differ(small):
     one = [batch_of(small, tokens, segments)]
     three = [batch_of(small, tokens[i : i + 2], segments[i : i + 2]) for i in (0, 2, 4)]
     assert len({float(label_counts([batch])[0]) for batch in three}) > 1
-    step = make_step(small)
+    step = step_of(small)
     big, big_report = step(init_state(small), one, RATES)
     summed, report = step(init_state(small), three, RATES)
     assert float(report.loss) == pytest.approx(float(big_report.loss), rel=1e-5)
@@ -114,15 +140,16 @@ def test_accumulation_equals_one_big_batch_when_label_counts_differ(small):
 
 
 def test_biases_of_all_routers_move_against_the_load_of_the_whole_batch(small):
-    batches = [batch_of(small, rows(small, seed)) for seed in (4, 5)]
-    state, report = make_step(small)(init_state(small), batches, RATES)
+    whole = np.ones((2, small.train.seq_len + 1), np.int32)
+    batches = [batch_of(small, rows(small, seed, 2), whole) for seed in (4, 5)]
+    state, report = step_of(small)(init_state(small), batches, RATES)
     load = np.asarray(report.parts.load, np.float32)
     expected = 0.01 * np.sign(load.mean(axis=1, keepdims=True) - load)
     main = state.router_state["moe_layers"]["moe"]["router"]["bias"]
     mtp = state.router_state["mtp"]["block"]["moe"]["router"]["bias"]
     np.testing.assert_allclose(np.concatenate([main, mtp]), expected, atol=1e-7)
     K, T = small.model.moe.top_k, small.train.seq_len
-    np.testing.assert_array_equal(load.sum(axis=1), [8 * T * K, 8 * (T - 1) * K])
+    np.testing.assert_array_equal(load.sum(axis=1), [4 * T * K, 4 * (T - 1) * K])
 
 
 def test_only_matrices_decay(small):
@@ -131,24 +158,24 @@ def test_only_matrices_decay(small):
     for path, decays in flat.items():
         is_norm = "scale" in path or "q_norm" in path or "kv_norm" in path
         assert decays != is_norm, path
-    still = jax.tree.map(jnp.zeros_like, init_state(small).params)
-    params = jax.tree.map(jnp.ones_like, still)
+    params = make_variables(small.model)["params"]
+    still = jax.tree.map(jnp.zeros_like, params)
     optimizer: Any = make_optimizer(OptimizerConfig(weight_decay=0.1), small.model)
-    direction, _ = optimizer.update(still, optimizer.init(params), params)
+    direction, _ = jax.jit(optimizer.update)(still, jax.jit(optimizer.init)(params), params)
     assert float(direction["final_norm"]["scale"].sum()) == 0.0
-    np.testing.assert_allclose(direction["embed"]["w"], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(direction["embed"]["w"], 0.1 * params["embed"]["w"], rtol=1e-6)
 
 
 def test_the_optimizer_is_adamw_by_the_formula(small):
     """Two steps in float64 by hand, with clipping."""
     optimizer: Any = make_optimizer(OptimizerConfig(clip_norm=0.5), small.model)
-    params = init_state(small).params
-    state = optimizer.init(params)
+    params = make_variables(small.model)["params"]
+    state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
     first: Any = jax.tree.map(lambda p: jnp.full_like(p, 0.3), params)
     second: Any = jax.tree.map(lambda p: jnp.full_like(p, -0.1), params)
     moment = velocity = 0.0
     for count, grads in enumerate((first, second), 1):
-        direction, state = optimizer.update(grads, state, params)
+        direction, state = update(grads, state, params)
         clipped = float(grads["final_norm"]["scale"][0])
         clipped *= min(1.0, 0.5 / float(optax.tree.norm(grads)))
         moment = 0.9 * moment + 0.1 * clipped
@@ -161,10 +188,10 @@ def test_the_optimizer_is_adamw_by_the_formula(small):
 def test_moments_are_kept_in_the_configured_dtype(small):
     train = dataclasses.replace(small.train, optimizer=OptimizerConfig(moment_dtype="bfloat16"))
     cfg = dataclasses.replace(small, train=train)
-    state = init_state(cfg)
+    state = zero_state(cfg)
     batch = batch_of(cfg, rows(cfg, 6))
     before = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state)]
-    state, report = make_step(cfg)(state, [batch], RATES)
+    state, report = make_step(cfg, simple_loss)(state, [batch], RATES)
     after = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state)]
     assert before == after
     assert set(map(str, after)) == {"int32", "bfloat16"}
@@ -173,7 +200,8 @@ def test_moments_are_kept_in_the_configured_dtype(small):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "mixed"])
 def test_every_precision_learns(small, precision: str):
-    cfg = dataclasses.replace(small, precision=precision)
+    model = dataclasses.replace(small.model, num_layers=1, num_dense_layers=0, mtp_depth=0)
+    cfg = dataclasses.replace(small, model=model, precision=precision)
     step, state, batch = make_step(cfg), init_state(cfg), [batch_of(cfg, rows(cfg, 7))]
     losses = []
     for _ in range(8):
@@ -182,15 +210,24 @@ def test_every_precision_learns(small, precision: str):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("num_micro", [1, 2])
-def test_a_step_that_is_not_finite_changes_nothing(small, num_micro: int):
-    def poisoned(*arguments, **static):
-        loss, parts = batch_loss(*arguments, **static)
-        return loss * jnp.float32(float("nan")), parts
+def nan_loss(params, *arguments, cfg):
+    loss, parts = simple_loss(params, *arguments, cfg=cfg)
+    return loss * jnp.float32(float("nan")), parts
 
-    state = init_state(small)
+
+def nan_gradient(params, *arguments, cfg):
+    """A finite loss: the derivative of a root at 0 is infinite, and 0 times that is NaN."""
+    loss, parts = simple_loss(params, *arguments, cfg=cfg)
+    return loss + jnp.sqrt(jnp.float32(0) * params["final_norm"]["scale"].sum()), parts
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+@pytest.mark.parametrize(("loss", "is_loss_finite"), [(nan_loss, False), (nan_gradient, True)])
+def test_a_step_that_is_not_finite_changes_nothing(small, loss, is_loss_finite: bool, num_micro: int):
+    state = zero_state(small)
     before = jax.tree.map(np.array, state)
-    after, report = make_step(small, poisoned)(state, [batch_of(small, rows(small, 8))] * num_micro, RATES)
+    after, report = make_step(small, loss)(state, [batch_of(small, rows(small, 8))] * num_micro, RATES)
+    assert bool(jnp.isfinite(report.loss)) == is_loss_finite
     assert not bool(report.is_finite)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(old, new)
