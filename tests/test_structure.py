@@ -30,6 +30,12 @@ ALLOWED = {
     "dsv3_jax/data": ["dsv3_jax.typing", "dsv3_jax.interrupt", "dsv3_jax.config"],
     # convert quantises with dsv3_kernels.quantize; export reads a run's checkpoint.
     "dsv3_jax/interop": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config", "dsv3_jax.model.params"],
+    # what goes along with the weights is checked by the loader of tokenizers.
+    "dsv3_jax/interop/hf_tokenizer.py": [
+        "dsv3_jax.typing",
+        "dsv3_jax.config",
+        "dsv3_jax.data.tokenizer",
+    ],
     "dsv3_jax/interop/export.py": [
         "dsv3_jax.typing",
         "dsv3_kernels",

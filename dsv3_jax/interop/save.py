@@ -1,8 +1,10 @@
 """Variables to an official checkpoint folder, whole or not at all."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from dsv3_jax.config.paths import user_path
 from dsv3_jax.interop.convert import to_official
 from dsv3_jax.interop.hf_config import to_hf
 from dsv3_jax.interop.hf_names import FP8_BLOCK, Entry, entries, flatten, stored_tensors
-from dsv3_jax.interop.hf_tokenizer import tokenizer_files
+from dsv3_jax.interop.hf_tokenizer import companion_files, declared_ids
 from dsv3_jax.interop.safetensors_io import INDEX, SINGLE, CheckpointError, read_metadata, write_file
 from dsv3_jax.interop.whole_folder import replaced, resolve, write_bytes
 from dsv3_jax.model.params import abstract_params
@@ -25,9 +27,9 @@ from dsv3_jax.typing import Variables
 from dsv3_kernels.quantize import quantize_tiles
 
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
-_PRODUCER = {"format": "pt", "producer": "dsv3-jax"}
+_PRODUCER = "dsv3-jax"
 _OTHER_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX}
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+"""What an export may have beside its weights, and whatever else their headers list as written with them."""
 
 
 def save_pretrained(
@@ -35,9 +37,10 @@ def save_pretrained(
     cfg: ModelConfig,
     variables: Variables,
     dtype: str = "bfloat16",
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | float | str = "5GB",
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
+    with_mtp: bool = True,
 ) -> None:
     """Writes an official folder that transformers, vLLM and `load_pretrained` read.
 
@@ -54,34 +57,39 @@ def save_pretrained(
             empty only if `overwrite`.
         variables: `{"params": ..., "router_state": ...}` of `cfg`, on any device, of any float type.
         dtype: "float32", "bfloat16" or "float8_e4m3fn".
-        max_shard_size: bytes, or such as "500MB" or "5GB"; a larger tensor has a shard of its own.
-        tokenizer: a tokenizer.json to go with the model.
+        max_shard_size: bytes, or such as "500MB" or "5GiB"; a larger tensor has a shard of its own.
+        tokenizer: a tokenizer.json to go with the model, or an official folder, of which tokenizer, chat templates,
+            generation_config.json and the ids that config.json names go along as they are.
+        with_mtp: whether MTP modules are written; without them the main model alone is.
     Raises: `ConfigError` when `cfg` has no official form, `variables` do not fit it, or `folder` is in use;
         `CheckpointError` when the disk is full or refuses. Then nothing of the export is left, and what was there is.
     """
     check(dtype in DTYPES, f"dtype={dtype!r} cannot be saved; use one of {', '.join(DTYPES)}.")
-    config = to_hf(cfg, dtype)
+    source = None if tokenizer is None else user_path(tokenizer)
+    if not with_mtp:
+        cfg, variables = _main_model(cfg, variables)
+    config = to_hf(cfg, dtype) | ({} if source is None else declared_ids(cfg, source))
     leaves = _checked_leaves(cfg, variables)
     shards = _plan(cfg, dtype, _bytes(max_shard_size))
-    texts = tokenizer_files(cfg, user_path(tokenizer)) if tokenizer is not None else {}
+    files = companion_files(cfg, source)
     folder = resolve(folder)
     _check_target(folder, overwrite)
     size = sum(item.size for shard in shards for item in shard)
+    metadata = {"format": "pt", "producer": _PRODUCER}
+    if extra := sorted(files.keys() - _OTHER_FILES):
+        metadata["files"] = "\n".join(extra)
     with replaced(folder, size=size, is_ours=_is_own_export) as new_folder:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):06d}.safetensors"
             contents = [tensor for item in shard for tensor in item.tensors]
-            write_file(new_folder / name, contents, _tensors(leaves, shard), _PRODUCER)
+            write_file(new_folder / name, contents, _tensors(leaves, shard), metadata)
             weight_map.update((tensor, name) for tensor, _, _ in contents)
         if len(shards) > 1:
-            texts[INDEX] = _json({"metadata": {"total_size": size}, "weight_map": weight_map})
-        texts["generation_config.json"] = _json(
-            {"_from_model_config": True, "bos_token_id": cfg.bos_id, "eos_token_id": cfg.eos_id}
-        )
-        texts["config.json"] = _json(config)
-        for name, text in texts.items():
-            write_bytes(new_folder / name, text.encode())
+            files[INDEX] = _json({"metadata": {"total_size": size}, "weight_map": weight_map})
+        files["config.json"] = _json(config)
+        for name, data in files.items():
+            write_bytes(new_folder / name, data)
 
 
 class _Item(NamedTuple):
@@ -92,7 +100,7 @@ class _Item(NamedTuple):
     size: int
 
 
-def _plan(cfg: ModelConfig, dtype: str, max_size: int) -> list[list[_Item]]:
+def _plan(cfg: ModelConfig, dtype: str, max_size: int | float) -> list[list[_Item]]:
     """Fills shards in order; values and scales stay together."""
     shards: list[list[_Item]] = [[]]
     filled = 0
@@ -146,6 +154,11 @@ def _part(leaf: jax.Array, position: jax.Array, *, num_axes: int) -> jax.Array:
     return leaf
 
 
+def _main_model(cfg: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
+    without = {kind: {name: tree for name, tree in trees.items() if name != "mtp"} for kind, trees in variables.items()}
+    return dataclasses.replace(cfg, mtp_depth=0), without
+
+
 def _checked_leaves(cfg: ModelConfig, variables: Variables) -> dict[str, Any]:
     leaves, specs = flatten(variables), flatten(abstract_params(cfg))
     for path in sorted(specs.keys() ^ leaves.keys()):
@@ -176,28 +189,25 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 
 def _is_own_export(folder: Path) -> bool:
     """Whether it holds what `save_pretrained` writes, if only a part, and nothing else."""
-    with contextlib.suppress(ValueError, OSError, AttributeError, CheckpointError):
-        weights = {path.name for path in folder.iterdir()} - _OTHER_FILES
-        return bool(weights) and all(
-            name.startswith("model")
-            and name.endswith(".safetensors")
-            and read_metadata(folder / name).get("producer") == _PRODUCER["producer"]
-            for name in weights
-        )
+    with contextlib.suppress(ValueError, OSError, CheckpointError):
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        weights = {name for name in names if name.startswith("model") and name.endswith(".safetensors")}
+        written = [read_metadata(folder / name) for name in weights]
+        known = _OTHER_FILES.union(weights, *(each.get("files", "").split("\n") for each in written))
+        return bool(written) and names <= known and all(each.get("producer") == _PRODUCER for each in written)
     return False
 
 
-def _bytes(size: int | str) -> int:
+def _bytes(size: int | float | str) -> int | float:
     if isinstance(size, str):
-        number, unit = size[:-2], size[-2:].upper()
-        check(
-            unit in _UNITS and number.strip().isdigit(),
-            f"max_shard_size={size!r} is not a size; write bytes or such as '500MB' or '5GB'.",
-        )
-        size = int(number) * _UNITS[unit]
+        match = re.fullmatch(r"([0-9]{1,15}) ?([KMGT]i?)?B?", size.strip(), re.IGNORECASE)
+        check(match is not None, f"max_shard_size={size!r} is not a size; write bytes or such as '500MB' or '5GiB'.")
+        assert match is not None
+        number, unit = match[1], (match[2] or "").upper()
+        size = int(number) * (1024 if unit.endswith("I") else 1000) ** " KMGT".index(unit[:1] or " ")
     check(size > 0, f"max_shard_size={size} must be positive.")
     return size
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsv3_jax.config.check import check
+from dsv3_jax.config.paths import user_path
 from dsv3_jax.interop.safetensors_io import CheckpointError
 
 FIRST = "config.json"
@@ -27,10 +28,10 @@ def resolve(folder: str | Path) -> Path:
     Raises: `ConfigError` for an empty name, and for what no folder can be called.
     """
     name = os.fspath(folder)
-    check(name.strip() != "", f"{name!r} names no folder; give the folder to write.")
     check("\0" not in name, f"{name!r} cannot be the name of a folder; leave out the zero byte.")
+    given = user_path(name)
     try:
-        path = Path(os.path.realpath(os.path.expanduser(name)))
+        path = Path(os.path.realpath(given))
         is_link = path.is_symlink()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name!r}: cannot be looked at ({error}); choose another folder.") from error
@@ -85,7 +86,8 @@ def replaced(folder: Path, *, size: int, is_ours: Callable[[Path], bool]) -> Ite
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    """Writes a small file and fsyncs it."""
+    """Writes a small file, in a folder of its own if its name says so, and fsyncs it."""
+    file.parent.mkdir(exist_ok=True)
     with file.open("wb") as stream:
         stream.write(data)
         stream.flush()

@@ -55,7 +55,7 @@ def test_newest_checkpoint_becomes_a_folder(run_dir, tmp_path, small, random_var
     cfg, variables = ds.load_pretrained(tmp_path / "out")
     assert cfg == small
     assert_same_bits(variables, random_variables(small, seed=2))
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (run_dir / "tokenizer.json").read_bytes()
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode("").ids == [small.bos_id]
 
 
 def test_moving_average_on_request(run_dir, tmp_path, small, random_variables, assert_same_bits):
@@ -79,7 +79,7 @@ def test_command_line(run_dir, tmp_path, repository, small):
     env = {"PYTHONPATH": f"{repository}:{repository / 'kernels'}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"wrote {tmp_path / 'out'} (bfloat16)\n"
+    assert done.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'} (bfloat16)"
     assert ds.load_pretrained(tmp_path / "out", "bfloat16")[0] == small
 
 
@@ -91,6 +91,9 @@ def test_user_errors_have_exit_code_2_and_one_message(run_dir, tmp_path, capsys)
         "is not a folder": [str(tmp_path / "nowhere"), str(tmp_path / "out")],
         "holds no whole checkpoint": [str(tmp_path / "empty"), str(tmp_path / "out")],
         "not an earlier export of ours": [str(run_dir), str(tmp_path / "full")],
+        "is not a folder; give a run dir of train.py or": [str(run_dir / "tokenizer.json"), str(tmp_path / "out")],
+        "a path is empty": [str(run_dir), ""],
+        "which the export would replace": [str(run_dir), str(run_dir), "--overwrite"],
         "max_shard_size='huge' is not a size": [str(run_dir), str(tmp_path / "out"), "--max-shard-size", "huge"],
     }
     for message, arguments in cases.items():
@@ -101,6 +104,17 @@ def test_user_errors_have_exit_code_2_and_one_message(run_dir, tmp_path, capsys)
         assert said.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
     assert main([str(run_dir), str(tmp_path / "full"), "--overwrite"]) == 0
+
+
+def test_an_official_folder_in_another_dtype_and_without_mtp(golden, tmp_path, without_mtp, assert_same_bits, capsys):
+    source = golden / "hf" / "tiny_c"
+    assert main([str(source), str(tmp_path / "out"), "--no-mtp"]) == 0
+    cfg, variables = ds.load_pretrained(tmp_path / "out", "bfloat16")
+    expected_cfg, expected = without_mtp(*ds.load_pretrained(source, "bfloat16"))
+    assert cfg == expected_cfg
+    assert_same_bits(variables, expected)
+    assert main([str(source), str(tmp_path / "out"), "--average"]) == 2
+    assert "which has no moving average" in capsys.readouterr().err
 
 
 def test_run_without_an_average(run_dir, tmp_path, small, random_variables, config_of, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import filecmp
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dsv3_jax as ds
-from dsv3_jax.config.check import ConfigError
+from dsv3_jax.config.check import ConfigError, UserError
 from dsv3_jax.interop.hf_names import entries, flatten, official_tensors, unflatten
 from dsv3_jax.interop.safetensors_io import DTYPES, INDEX, SINGLE, CheckpointError, read_folder, read_header
+from dsv3_jax.interop.save import _bytes
 
 TINY = ("tiny_a", "tiny_b", "tiny_c", "tiny_d")
 ALL_DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
@@ -192,11 +194,25 @@ def test_variables_of_another_config(tmp_path, small, random_variables):
         ({"dtype": "float16"}, "dtype='float16' cannot be saved"),
         ({"max_shard_size": "5 apples"}, "max_shard_size='5 apples' is not a size"),
         ({"max_shard_size": 0}, "must be positive"),
+        ({"max_shard_size": -1}, "must be positive"),
+        ({"max_shard_size": "0GB"}, "must be positive"),
+        ({"max_shard_size": float("nan")}, "must be positive"),
+        ({"max_shard_size": "-5GB"}, "is not a size"),
+        ({"max_shard_size": "²GB"}, "is not a size"),
+        ({"max_shard_size": "9" * 5000}, "is not a size"),
+        ({"max_shard_size": ""}, "is not a size"),
     ],
 )
 def test_bad_arguments(tmp_path, small, random_variables, arguments, reason):
     with pytest.raises(ConfigError, match=reason):
         ds.save_pretrained(tmp_path / "out", small, random_variables(small), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_read_as_written(small):
+    assert [_bytes(size) for size in ("5GB", "5 GiB", "1tb", "10", "2KiB", 7, 2.5e9)] == [
+        5 * 10**9, 5 * 2**30, 10**12, 10, 2048, 7, 2.5e9,
+    ]  # fmt: skip
 
 
 def test_nan_is_not_spread_over_a_block(tmp_path, small, random_variables):
@@ -355,28 +371,72 @@ def tokenizer_file(tmp_path) -> Path:
 
 
 def test_tokenizer_goes_along(tmp_path, small, random_variables, tokenizer_file):
+    """It is changed in one thing, as it adds no bos by itself."""
     ds.save_pretrained(tmp_path / "out", small, random_variables(small), tokenizer=tokenizer_file)
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
+    given, written = (json.loads(file.read_text()) for file in (tokenizer_file, tmp_path / "out" / "tokenizer.json"))
+    assert written.pop("post_processor")["type"] == "TemplateProcessing"
+    assert given.pop("post_processor") is None
+    assert written == given
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert (config["tokenizer_class"], config["bos_token"], config["eos_token"]) == (
-        "PreTrainedTokenizerFast",
-        "<bos>",
-        "<eos>",
-    )
-    assert config["model_max_length"] == small.max_position
+    assert (config["bos_token"], config["eos_token"]) == ("<bos>", "<eos>")
     ds.save_pretrained(tmp_path / "out", small, random_variables(small))
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_tokenizer_of_another_model(tmp_path, small, random_variables, tokenizer_file):
     cfg = dataclasses.replace(small, vocab_size=8)
-    with pytest.raises(ConfigError, match=r"token id \d+, but vocab_size=8"):
-        ds.save_pretrained(tmp_path / "out", cfg, random_variables(cfg), tokenizer=tokenizer_file)
-    with pytest.raises(ConfigError, match="does not exist"):
-        ds.save_pretrained(tmp_path / "out", small, random_variables(small), tokenizer=tmp_path / "none.json")
-    tokenizer_file.write_text('{"model": 3}')
-    with pytest.raises(ConfigError, match=r"cannot be read as a tokenizer.json"):
-        ds.save_pretrained(tmp_path / "out", small, random_variables(small), tokenizer=tokenizer_file)
+    cases = {
+        r"token id \d+, but vocab_size=8": tokenizer_file,
+        "is missing": tmp_path / "none.json",
+        "path is empty": "",
+    }
+    for reason, tokenizer in cases.items():
+        with pytest.raises(UserError, match=reason):
+            ds.save_pretrained(tmp_path / "out", cfg, random_variables(cfg), tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+OWN = {
+    "tokenizer_config.json": '{"chat_template": "x",  "add_bos_token": false}',
+    "special_tokens_map.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "generation_config.json": '{"temperature": 0.6}',
+}
+
+
+def test_an_official_folder_saved_again_over_itself_loses_nothing(
+    copy_of_golden, tmp_path, tokenizer_file, assert_same_bits
+):
+    """What it came with stays byte for byte, ids that only config.json had too; then it is an export of ours."""
+    folder = copy_of_golden("tiny_c")
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [1, 5], "pad_token_id": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in OWN.items():
+        (folder / name).write_text(text)
+    shutil.copy(tokenizer_file, folder / "tokenizer.json")
+    cfg, variables = ds.load_pretrained(folder)
+    ds.save_pretrained(folder, cfg, variables, "float32", tokenizer=folder, overwrite=True)
+    assert {name: (folder / name).read_text() for name in OWN} == OWN
+    assert (folder / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["eos_token_id"], written["pad_token_id"]) == ([1, 5], 3)
+    again_cfg, again = ds.load_pretrained(folder)
+    assert again_cfg == cfg
+    assert_same_bits(again, variables)
+    ds.save_pretrained(folder, cfg, variables, "float32", tokenizer=folder)
+    (folder / "chat_template_of_mine.jinja").write_text("x")
+    with pytest.raises(ConfigError, match="not an earlier export"):
+        ds.save_pretrained(folder, cfg, variables, "float32", tokenizer=folder)
+
+
+def test_the_main_model_alone(tmp_path, small, random_variables, without_mtp):
+    variables = random_variables(small)
+    ds.save_pretrained(tmp_path / "out", small, variables, "float32", with_mtp=False)
+    ds.save_pretrained(tmp_path / "expected", *without_mtp(small, variables), "float32")
+    assert_same_files(tmp_path / "out", tmp_path / "expected")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
 def test_bfloat16_export_rounds_to_nearest(tmp_path, small, random_variables):
