@@ -21,6 +21,7 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.interop.stop_tokens import stop_ids
 from dsv3_jax.interrupt import run_program
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
@@ -45,31 +46,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def complete(given: argparse.Namespace) -> list[tuple[str, str]]:
-    """(prompt, completion) of each prompt, all in one batch."""
-    cfg, variables = load_model(user_path(given.model), given.dtype, use_average=given.average)
-    tokenizer = tokenizers.load(tokenizer_file(user_path(given.model)), bos_id=cfg.bos_id, eos_id=cfg.eos_id)
+    """(prompt, completion) of each prompt, all in one batch; special tokens in a completion are left out."""
+    folder = user_path(given.model)
+    cfg, variables = load_model(folder, given.dtype, use_average=given.average)
+    tokenizer = tokenizers.load(tokenizer_file(folder), bos_id=cfg.bos_id, eos_id=cfg.eos_id)
+    stops = (cfg.eos_id,) if is_run(folder) else stop_ids(folder, cfg)
+    for prompt in given.prompt:
+        is_text = not any("\ud800" <= character <= "\udfff" for character in prompt)  # bytes that were no UTF-8
+        check(is_text, f"--prompt {prompt!r} is not valid UTF-8; give text in UTF-8.")
     ids = generate(
         cfg,
         variables,
-        [[tokenizer.bos_id, *(int(token) for token in tokenizer.encode(prompt))] for prompt in given.prompt],
+        [tokenizer.prompt(prompt) for prompt in given.prompt],
         given.max_new_tokens,
         temperature=given.temperature,
         top_k=given.top_k,
         top_p=given.top_p,
         seed=given.seed,
-        eos_id=tokenizer.eos_id,
+        eos_id=stops,
     )
     completions = []
     for prompt, row in zip(given.prompt, ids.tolist(), strict=True):
-        written = list(itertools.takewhile(lambda token: token != tokenizer.eos_id, row))
-        completions.append((prompt, tokenizer.decode(written)))
+        written = list(itertools.takewhile(lambda token: token not in stops, row))
+        completions.append((prompt, tokenizer.decode(written, skip_special=True)))
     return completions
 
 
 def load_model(folder: Path, dtype: str, *, use_average: bool) -> tuple[ModelConfig, Variables]:
     """A model from a training run (it has checkpoints) or from an official folder (it has a config.json only)."""
     check(folder.is_dir(), f"--model {folder}: is not a folder; give a run dir of train.py or an official folder.")
-    if not (folder / "checkpoints").is_dir():
+    if not is_run(folder):
         check(not use_average, f"--average needs a run dir of train.py; {folder} is an official folder.")
         return load_pretrained(folder, dtype=dtype)
     config, variables = load_variables(folder, use_average=use_average, say=lambda text: print(text, file=sys.stderr))
@@ -77,6 +83,11 @@ def load_model(folder: Path, dtype: str, *, use_average: bool) -> tuple[ModelCon
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), variables["params"])
     router_state = jax.tree.map(jnp.asarray, variables["router_state"])
     return from_dict(config["model"], ModelConfig), {"params": params, "router_state": router_state}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is a run dir of train.py."""
+    return (folder / "checkpoints").is_dir()
 
 
 def tokenizer_file(folder: Path) -> Path:

@@ -1,6 +1,9 @@
 """The command line that completes prompts."""
 
 import importlib.util
+import itertools
+import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -48,7 +51,23 @@ def test_prints_what_generate_returns(serve, exported, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     for prompt, row in zip(PROMPTS, ids, strict=True):
         end = int(np.argmax(row == 1)) if (row == 1).any() else len(row)
-        assert prompt + tokenizer.decode(row[:end]) in printed
+        assert prompt + tokenizer.decode(row[:end], skip_special=True) in printed
+
+
+def test_stops_at_every_token_that_the_folder_declares(serve, exported, tmp_path, capsys) -> None:
+    folder, cfg, variables, tokenizer = exported
+    folder = shutil.copytree(folder, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": [1, 2]}))
+    rows = [tokenizer.prompt(prompt)[1:] for prompt in PROMPTS]  # without bos, as that is null
+    free = generate(cfg, variables, rows, 9).tolist()
+    stop = next(token for token in free[0][2:] if token not in free[0][:2] and token > 5)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
+    assert serve.main(["--model", str(folder), "--prompt", *PROMPTS, "--max-new-tokens", "9"]) == 0
+    printed = capsys.readouterr().out
+    for prompt, row in zip(PROMPTS, free, strict=True):
+        written = itertools.takewhile(lambda token: token not in (1, 2, stop), row)
+        assert f"--- {prompt}\n{prompt}{tokenizer.decode(list(written), skip_special=True)}\n" in printed
 
 
 def test_seed_decides_what_is_sampled(serve, exported, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +89,11 @@ def test_seed_decides_what_is_sampled(serve, exported, capsys: pytest.CaptureFix
         (["--model", "{folder}", "--prompt", "a", "--average"], "needs a run dir"),
         (["--model", "{folder}", "--prompt", "a", "--max-new-tokens", "1000"], "max_position=64"),
         (["--model", "{folder}", "--prompt", "a", "--top-p", "0", "--max-new-tokens", "4"], "top_p=0.0"),
+        (["--model", "{folder}", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--model", "{folder}", "--prompt", "a", "--max-new-tokens", "1" + 30 * "0"], "exceeds max_position=64"),
+        (["--model", "{folder}", "--prompt", "def " * 99, "--max-new-tokens", "1"], "prompt 0 has"),
+        (["--model", "{folder}", "--prompt", "a", "--max-new-tokens", "4", "--seed", "9" * 20], "more than 32 bits"),
+        (["--model", "{folder}", "--prompt", "a", "caf\udce9"], r"--prompt 'caf\udce9' is not valid UTF-8"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(serve, exported, capsys, arguments, says) -> None:
