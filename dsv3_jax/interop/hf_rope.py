@@ -11,7 +11,6 @@ from typing import Any
 from dsv3_jax.config.check import check
 from dsv3_jax.config.model import YarnConfig
 from dsv3_jax.interop.fields import agreed, flag, group, real, shown, whole, word
-from dsv3_jax.model.rope import yarn_magnitude
 
 _DIALECTS = ("rope_scaling", "rope_parameters")
 _TOP_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -113,7 +112,11 @@ def _check_magnitude(flat: Mapping[str, Any], name: str, yarn: YarnConfig) -> No
     DeepSeek's is m(mscale) / m(mscale_all_dim), with 1 and 0 for what is absent, where m(s) = 0.1·s·ln(factor) + 1.
     transformers takes `attention_factor`; without it the same quotient if both are given and not 0, else m(1).
     """
-    magnitude = yarn_magnitude(yarn, yarn.mscale) / yarn_magnitude(yarn, yarn.mscale_all_dim)
+
+    def m(mscale: float) -> float:
+        return 0.1 * mscale * math.log(yarn.factor) + 1.0
+
+    magnitude = m(yarn.mscale) / m(yarn.mscale_all_dim)
     if flat.get(f"{name}.attention_factor") is not None:
         stated = real(flat, f"{name}.attention_factor")
         check(
@@ -127,7 +130,7 @@ def _check_magnitude(flat: Mapping[str, Any], name: str, yarn: YarnConfig) -> No
         return
     given, other = ("mscale_all_dim", "mscale") if yarn.mscale_all_dim else ("mscale", "mscale_all_dim")
     check(
-        math.isclose(magnitude, yarn_magnitude(yarn, 1.0), rel_tol=1e-6),
+        math.isclose(magnitude, m(1.0), rel_tol=1e-6),
         f"config.json: {name} has {given}={getattr(yarn, given)} without {other}, which is ambiguous: DeepSeek's code "
         "uses it, transformers ignores it; give both.",
     )
