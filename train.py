@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import rich.console
@@ -27,11 +28,13 @@ from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
 from dsv3_jax.training.build import Run, open_run
-from dsv3_jax.training.evaluate import make_evaluator
-from dsv3_jax.training.finish import evaluate_part, finish
+from dsv3_jax.training.evaluate import evaluate, make_evaluator, warm_up
+from dsv3_jax.training.finish import finish, heldout_part
 from dsv3_jax.training.host_memory import keep_freed_memory
-from dsv3_jax.training.log import ProgressBar, RunLog
-from dsv3_jax.training.metrics import Progress, Speed, metrics_row, mfu
+from dsv3_jax.training.log import LogError, RunLog
+from dsv3_jax.training.metrics import Progress, metrics_row
+from dsv3_jax.training.progress import Clock, ProgressBar
+from dsv3_jax.training.sample import check_sample
 from dsv3_jax.training.schedules import num_micro_batches, rates_at
 from dsv3_jax.training.step import Rates, StepReport, make_step
 from dsv3_jax.training.throughput import measure_matmul_peak
@@ -58,11 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
         keep_freed_memory()
         run_dir = user_path(given.run_dir)
         keep_compiled_programs(run_dir)
-        # Orbax logs a traceback for each file it cannot write; the error that reaches us says it once.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Orbax logs a traceback for each file it cannot write; the error that reaches us says it once. Matplotlib tells
+        # of its caches.
+        for name in ("absl", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         with StopRequest() as stop, contextlib.ExitStack() as opened:
             run = stop.run(opened.enter_context, open_run(cfg, run_dir))
-            train(run, stop, console)
+            return train(run, stop, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -72,19 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         console.print(f"{stopped} before the first step; nothing to save.", highlight=False)
         return stopped.exit_code
-    return 0
 
 
-def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
-    """The loop. The report of a step is read while the next one runs, so the device never waits for the host.
+def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
+    """The loop, and what follows it; returns the exit code.
 
-    What takes long and changes nothing runs under `stop`, which raises `Stopped` when the user asks for it.
+    The report of a step is read while the next one runs, so the device never waits for the host. What takes long and
+    changes nothing runs under `stop`, which raises `Stopped` when the user asks for it.
     """
     cfg, output = run.cfg.train, run.cfg.train.output
+    check_sample(run.cfg, run.data.tokenizer)
     step, sum_loss = make_step(run.cfg), make_evaluator(run.cfg)
     log = RunLog(run.run_dir, step=run.progress.step, tensorboard=output.tensorboard)
-    bar = ProgressBar(total_tokens=cfg.total_tokens, done=run.progress.tokens)
-    compiled: set[int] = set()
+    bar = ProgressBar(console, total_tokens=cfg.total_tokens, done=run.progress.tokens)
+    compiled: set[str] = set()
     unread: list[tuple[Progress, StepReport, Rates]] = []
 
     def read_reports() -> None:
@@ -95,22 +101,25 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
             row = metrics_row(progress, report, rates, clock.lap(progress))
             if progress.step % output.log_every == 0:
                 log.write(row)
-            bar.show(row)
+            bar.show(row, clock.seconds_left(cfg.total_tokens - progress.tokens))
+
+    def compile_once(name: str, function: Callable[..., None], *args: Any) -> None:
+        if name not in compiled:
+            read_reports()
+            bar.say(f"compiling {name}, which takes up to a minute the first time …")
+            stop.run(function, *args)
+            compiled.add(name)
+            clock.restart(run.progress)
 
     try:
         with contextlib.suppress(Stopped):
-            clock = stop.run(Clock, run)
+            clock = stop.run(start_clock, run)
             while run.progress.tokens < cfg.total_tokens:
                 batches = stop.run(run.next_batches, num_micro_batches(run.progress.tokens, cfg.batch))
                 tokens = run.progress.tokens + sum(batch.tokens.size for batch in batches)
                 rates = rates_at(tokens, cfg)
-                programs = min(len(batches), 2)  # one micro-batch has a program of its own, more of them share theirs
-                if programs not in compiled:
-                    read_reports()
-                    bar.say("compiling the step, which takes up to a minute the first time …")
-                    stop.run(step.compile, run.state, batches, rates)
-                    compiled.add(programs)
-                    clock.restart(run.progress)
+                name = "the step" if len(batches) == 1 else "the step of several micro-batches"
+                compile_once(name, step.compile, run.state, batches, rates)
                 state, report = step(run.state, batches, rates)
                 run.advance(state, Progress(run.progress.step + 1, tokens))
                 if run.average is not None and run.progress.step % cfg.ema_every == 0:
@@ -118,20 +127,25 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
                 read_reports()
                 unread.append((run.progress, report, rates))
 
-                if is_due(run.progress, output.checkpoint_every) or is_due(run.progress, output.eval_every):
+                if output.eval_batches and is_due(run.progress, output.eval_every):
+                    compile_once("the evaluation", warm_up, sum_loss, run.state.variables, heldout_part(run, stop))
                     read_reports()
-                    if is_due(run.progress, output.eval_every):
-                        result = stop.run(evaluate_part, run, stop, sum_loss)
+                    result = stop.run(evaluate, sum_loss, run.state.variables, heldout_part(run, stop))
+                    if result is None:
+                        bar.say(f"step {run.progress.step}: these held-out batches score nothing")
+                    else:
                         log.write_heldout({**run.progress._asdict(), **result._asdict()})
                         bar.say(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
-                    if is_due(run.progress, output.checkpoint_every):
-                        run.save()
-                    clock.restart(run.progress)
+                    clock.pause(run.progress)
+                if is_due(run.progress, output.checkpoint_every):
+                    read_reports()
+                    run.save()
+                    clock.pause(run.progress)
         read_reports()
-        run.checkpoints.wait()
-        if run.progress.step not in (0, *run.checkpoints.steps()):
-            run.save()
-        run.checkpoints.wait()
+        save_newest(run)
+    except LogError as error:
+        is_good = all(report.is_finite for _, report, _ in unread)
+        raise UserError(f"{error} {rescue(run) if is_good else ''}") from error
     finally:
         bar.close()
         log.close()
@@ -139,11 +153,32 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> None:
         if not run.progress.step:
             stop.check()
         console.print(f"saved after step {run.progress.step}; the same command continues.", highlight=False)
-        return
+        return 0
     try:
-        stop.run(finish, run, stop, sum_loss, generate, console)
+        failed = stop.run(finish, run, stop, sum_loss, generate, console)
     except Stopped as stopped:
         console.print(f"{stopped}; training is done and saved, the same command computes the results.", highlight=False)
+        return 0
+    if log.tensorboard_failure:
+        print(f"error: {log.tensorboard_failure}.", file=sys.stderr)
+    return EXIT_USER_ERROR if failed or log.tensorboard_failure else 0
+
+
+def save_newest(run: Run) -> None:
+    """Has a checkpoint of the newest step on the disk before it returns."""
+    run.checkpoints.wait()
+    if run.progress.step not in (0, *run.checkpoints.steps()):
+        run.save()
+    run.checkpoints.wait()
+
+
+def rescue(run: Run) -> str:
+    """Saves what was trained when the run cannot go on; returns what became of it."""
+    try:
+        save_newest(run)
+    except UserError as error:
+        return f"The checkpoint failed too: {error}"
+    return f"The checkpoint of step {run.progress.step} is saved."
 
 
 def is_due(progress: Progress, every: int) -> bool:
@@ -151,28 +186,19 @@ def is_due(progress: Progress, every: int) -> bool:
     return every > 0 and progress.step % every == 0
 
 
-class Clock:
-    """Speed between one report and the next."""
-
-    def __init__(self, run: Run) -> None:
-        self._flops = train_flops_per_token(run.cfg.model, run.cfg.train.seq_len)
-        self._peak = measure_matmul_peak(get_policy(run.cfg.precision).compute_dtype)
-        self.restart(run.progress)
-
-    def restart(self, progress: Progress) -> None:
-        """Leaves what happened since the last lap out of the next."""
-        self._tokens, self._time = progress.tokens, time.perf_counter()
-
-    def lap(self, progress: Progress) -> Speed:
-        """Speed since the last lap."""
-        tokens, seconds = progress.tokens - self._tokens, time.perf_counter() - self._time
-        self.restart(progress)
-        speed = tokens / max(seconds, 1e-9)
-        return Speed(speed, mfu(speed, self._flops, self._peak))
+def start_clock(run: Run) -> Clock:
+    """Times the steps from now on."""
+    return Clock(
+        run.progress,
+        flops_per_token=train_flops_per_token(run.cfg.model, run.cfg.train.seq_len),
+        peak_flops_per_s=measure_matmul_peak(get_policy(run.cfg.precision).compute_dtype),
+    )
 
 
 def explain_divergence(run: Run, progress: Progress, report: StepReport) -> str:
     """What happened, what is safe, and what to try."""
+    with contextlib.suppress(UserError):
+        run.checkpoints.wait()
     steps = run.checkpoints.steps()
     good = f"The last good checkpoint is step {steps[-1]}" if steps else "There is no checkpoint yet"
     return (

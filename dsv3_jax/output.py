@@ -1,4 +1,4 @@
-"""Standard output and standard error that never end a program."""
+"""Standard output and standard error, which never end a program."""
 
 import io
 import os
@@ -20,6 +20,11 @@ def dependable_output() -> None:
             outlet = io.BufferedWriter(_Outlet(stream.fileno(), "w", closefd=False))
             encoding, errors = stream.encoding, "backslashreplace"
             setattr(sys, name, io.TextIOWrapper(outlet, encoding=encoding, errors=errors, line_buffering=True))
+
+
+def warn(text: str) -> None:
+    """One line on standard error: the program goes on, but the user should know."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 class _Outlet(io.FileIO):

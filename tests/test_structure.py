@@ -47,6 +47,7 @@ ALLOWED = {
     ],
     "dsv3_jax/training": [
         "dsv3_jax.typing",
+        "dsv3_jax.output",
         "dsv3_jax.interrupt",
         "dsv3_kernels",
         "dsv3_jax.config",

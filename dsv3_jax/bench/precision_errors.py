@@ -33,9 +33,10 @@ def read_losses(out: Path, arms: Sequence[str], *, steps: int) -> dict[str, dict
     found: dict[str, dict[int, np.ndarray]] = {name: {} for name in arms}
     for folder in sorted(out.glob("seed*"), key=lambda folder: int(folder.name.removeprefix("seed"))):
         for name in arms:
-            loss = [row["main_loss"] for row in read_rows(folder / name / METRICS)]
-            if len(loss) >= steps:
-                found[name][int(folder.name.removeprefix("seed"))] = np.array(loss[:steps])
+            by_step = {row["step"]: row.get("main_loss") for row in read_rows(folder / name / METRICS)}
+            loss = [by_step.get(step) for step in range(1, steps + 1)]
+            if all(isinstance(value, float) for value in loss):
+                found[name][int(folder.name.removeprefix("seed"))] = np.array(loss)
     return {name: by_seed for name, by_seed in found.items() if by_seed}
 
 

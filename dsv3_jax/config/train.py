@@ -127,12 +127,15 @@ class AuxiliaryConfig:
 class OutputConfig:
     """What a run writes and how often; cadences in steps, 0 = never.
 
+    `eval_batches` held-out batches are scored during training, at most `final_eval_batches` at its end; 0 = none, so
+    no evaluation. They come in an order drawn once, so the first of them are a fair sample of all held-out text.
     Changing any of these (or `total_tokens`) on resume is allowed: none of them alters the weights.
     """
 
     log_every: int = 1
     eval_every: int = 1000
     eval_batches: int = 64
+    final_eval_batches: int = 2000
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     tensorboard: bool = True
@@ -143,7 +146,7 @@ class OutputConfig:
         check_finite(self)
         check(self.log_every > 0, f"log_every={self.log_every} must be at least 1 (OutputConfig).")
         check(self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be at least 1 (OutputConfig).")
-        for name in ("eval_every", "eval_batches", "checkpoint_every", "sample_tokens"):
+        for name in ("eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "sample_tokens"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative; 0 = never (OutputConfig).")
 
 

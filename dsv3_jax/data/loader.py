@@ -98,6 +98,13 @@ def heldout_batches(
         num_batches += 1
 
 
+def num_heldout_batches(
+    tokenizer: TextTokenizer, shards: Shards, *, batch_size: int, seq_len: int, overlap: float = 0.5
+) -> int:
+    """How many batches `heldout_batches` yields without a bound, to one process."""
+    return -(-len(_places(tokenizer, shards, seq_len, overlap)) // batch_size)
+
+
 def _arrange(
     tokens: Integer[np.ndarray, "_"],
     rng: np.random.Generator,
@@ -141,13 +148,18 @@ def _finish(rows: dict[str, np.ndarray]) -> Batch:
     return pack.as_batch(rows["tokens"], rows.get("tokens_segment_ids"), rows.get("tokens_positions"))
 
 
-def _windows(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> Iterator[Batch]:
+def _places(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> list[tuple[int, int, int, int]]:
+    """(document, *window) of every window."""
     num_marks = 1 if tokenizer.bos_id is None else 2
-    places = [
+    return [
         (record, *window)
         for record in range(len(shards))
         for window in pack.heldout_windows(len(shards[record]) + num_marks, seq_len, overlap)
     ]
+
+
+def _windows(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> Iterator[Batch]:
+    places = _places(tokenizer, shards, seq_len, overlap)
     sizes = tokenizer.bytes_per_token
     for place in np.random.default_rng(0).permutation(len(places)):
         record, start, first, stop = places[place]

@@ -1,7 +1,8 @@
 """Held-out loss, per token and per byte of text."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -47,12 +48,26 @@ def make_evaluator(cfg: RunConfig) -> SumLoss:
     return sum_loss
 
 
-def evaluate(sum_loss: SumLoss, variables: Variables, batches: Iterable[Mapping[str, np.ndarray]]) -> Evaluation:
-    """Loss over all of `batches` (`data.loader.heldout_batches`); `num_bytes` is what their scored tokens stand for."""
+def evaluate(sum_loss: SumLoss, variables: Variables, batches: Iterable[Mapping[str, np.ndarray]]) -> Evaluation | None:
+    """Loss over all of `batches` (`data.loader.heldout_batches`); `num_bytes` is what their scored tokens stand for.
+
+    None when they score no token, or no byte: no number would be true then.
+    """
     total, num_tokens, num_bytes = 0.0, 0, 0
     for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name != "num_bytes"}
-        total += float(sum_loss(variables, inputs))
+        total += float(sum_loss(variables, _inputs(batch)))
         num_tokens += int(np.count_nonzero(batch["loss_mask"]))
         num_bytes += int(batch["num_bytes"].sum())
-    return Evaluation(total / max(num_tokens, 1), total / math.log(2.0) / max(num_bytes, 1), num_tokens, num_bytes)
+    if not num_tokens or not num_bytes:
+        return None
+    return Evaluation(total / num_tokens, total / math.log(2.0) / num_bytes, num_tokens, num_bytes)
+
+
+def warm_up(sum_loss: SumLoss, variables: Variables, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
+    """Compiles `sum_loss` by scoring the first of `batches`."""
+    for batch in itertools.islice(batches, 1):
+        sum_loss(variables, _inputs(batch)).block_until_ready()
+
+
+def _inputs(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: value for name, value in batch.items() if name != "num_bytes"}

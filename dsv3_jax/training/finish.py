@@ -1,7 +1,9 @@
-"""What a finished run leaves behind: held-out results, a picture, a sample, a folder that other programs read."""
+"""What a finished run leaves behind: held-out results, a picture, a folder that other programs read, a sample."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -9,117 +11,149 @@ import rich.box
 import rich.console
 import rich.table
 
+from dsv3_jax.config.check import UserError
 from dsv3_jax.data.baselines import compressor_baselines
-from dsv3_jax.data.loader import Batch, heldout_batches
-from dsv3_jax.data.prepare import PreparedData
+from dsv3_jax.data.loader import Batch, heldout_batches, num_heldout_batches
 from dsv3_jax.interop.save import save_pretrained
 from dsv3_jax.interrupt import StopRequest
 from dsv3_jax.training.build import Run
 from dsv3_jax.training.evaluate import Evaluation, SumLoss, evaluate
 from dsv3_jax.training.log import HELDOUT, METRICS, read_rows
-from dsv3_jax.training.plot import plot_run
+from dsv3_jax.training.progress import announced
+from dsv3_jax.training.sample import Generate, sample_text
 from dsv3_jax.typing import Variables
 
 PLOT_NAME = "training.png"
 HF_NAME = "hf"
 
-Generate = Callable[..., np.ndarray]
-"""`dsv3_jax.serving.generate.generate`, or anything with its signature."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def evaluate_part(run: Run, stop: StopRequest, sum_loss: SumLoss) -> Evaluation:
-    """The evaluation during training: the first `train.output.eval_batches` held-out batches."""
-    batches = _heldout(run, run.cfg.train.output.eval_batches)
-    return evaluate(sum_loss, run.state.variables, _until(stop, batches))
+def heldout_part(run: Run, stop: StopRequest) -> Iterator[Batch]:
+    """What is scored during training, `train.output.eval_batches` held-out batches, until a stop is requested."""
+    for batch in _heldout(run, run.cfg.train.output.eval_batches):
+        stop.check()
+        yield batch
 
 
-def finish(run: Run, stop: StopRequest, sum_loss: SumLoss, generate: Generate, console: rich.console.Console) -> None:
-    """Evaluates on all held-out text, prints the results beside compressors, and writes picture, sample, HF folder.
+def finish(
+    run: Run, stop: StopRequest, sum_loss: SumLoss, generate: Generate, console: rich.console.Console
+) -> list[str]:
+    """Scores held-out text, prints the results beside compressors, and writes picture, HF folder and sample.
+
+    A part that fails is told on standard error, and the others are done. Returns the names of those that failed.
 
     Raises:
         Stopped: as soon as the user asks to stop; everything here can be computed again.
     """
-    console.print("evaluating on all held-out text …")
-    result = evaluate(sum_loss, run.state.variables, _until(stop, _heldout(run, None)))
-    averaged = None
-    if run.average is not None:
-        averaged = evaluate(sum_loss, _averaged(run), _until(stop, _heldout(run, None)))
-    baselines = compressor_baselines(run.data.heldout_texts())
-    console.print(results_table(result, averaged, baselines))
+    failed: list[str] = []
 
-    heldout = read_rows(run.run_dir / HELDOUT)
-    heldout.append({"step": run.progress.step, "tokens": run.progress.tokens, **result._asdict()})
-    picture = run.run_dir / PLOT_NAME
-    title = f"{run.cfg.name}: {result.bits_per_byte:.3f} bits per byte after {run.progress.tokens / 1e6:.1f}M tokens"
-    plot_run(picture, title, read_rows(run.run_dir / METRICS), heldout, baselines, run.cfg.model.mtp_depth)
+    def attempt(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        stop.check()
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever befalls one part, the user still wants the others
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            print(f"error: {name} failed: {reason}", file=sys.stderr)
+            failed.append(name)
+            return None
 
-    folder = run.run_dir / HF_NAME
-    tokenizer = run.run_dir / "tokenizer.json"
-    save_pretrained(folder, run.cfg.model, run.state.variables, "bfloat16", tokenizer=tokenizer, overwrite=True)
-    text = sample_text(run, generate)
+    results = attempt("the final evaluation", _final_evaluations, run, stop, sum_loss, console) or {}
+    baselines = attempt("the comparison with compressors", compressor_baselines, run.data.heldout_texts()) or {}
+    if results or baselines:
+        console.print(results_table(results, baselines))
+    attempt("the picture", _draw, run, run.run_dir / PLOT_NAME, results.get(MODEL), baselines)
+    attempt("the HF folder", _export, run, run.run_dir / HF_NAME)
+    seed = int(np.asarray(run.state.key)[-1] & 0x7FFFFFFF)
+    model = (run.cfg, run.data.tokenizer, run.state.variables)
+    text = attempt("the sample", sample_text, *model, generate, seed=seed)
     if text is not None:
         console.rule("sample (temperature 0.7)")
         console.print(text, markup=False, highlight=False)
         console.rule()
-    console.print(f"picture     {picture}\nHF folder   {folder}\ncheckpoint  {run.checkpoints.folder}", highlight=False)
+    places = {"the picture": run.run_dir / PLOT_NAME, "the HF folder": run.run_dir / HF_NAME}
+    for name, place in {**places, "checkpoint": run.checkpoints.folder}.items():
+        if name not in failed:
+            console.print(f"{name.removeprefix('the '):<12}{place}", markup=False, highlight=False)
+    return failed
 
 
-def results_table(result: Evaluation, averaged: Evaluation | None, baselines: Mapping[str, float]) -> rich.table.Table:
+MODEL, AVERAGE = "this model", "its moving average"
+
+
+def results_table(results: Mapping[str, Evaluation], baselines: Mapping[str, float]) -> rich.table.Table:
     """Bits per byte on the held-out files: ours, then the compressors'."""
-    table = rich.table.Table(
-        title=f"held-out text: {result.num_bytes / 1e6:.2f} MB, {result.num_tokens:,} tokens", box=rich.box.SIMPLE
-    )
+    sizes = [f": {found.num_bytes / 1e6:.2f} MB, {found.num_tokens:,} tokens" for found in results.values()]
+    table = rich.table.Table(title=f"held-out text{''.join(sizes[:1])}", box=rich.box.SIMPLE)
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     table.add_column("nats a token", justify="right")
-    table.add_row("this model", f"{result.bits_per_byte:.4f}", f"{result.loss:.4f}", style="bold")
-    if averaged is not None:
-        table.add_row("its moving average", f"{averaged.bits_per_byte:.4f}", f"{averaged.loss:.4f}")
+    for name, found in results.items():
+        style = "bold" if name == MODEL else None
+        table.add_row(name, f"{found.bits_per_byte:.4f}", f"{found.loss:.4f}", style=style)
     for name, bits in baselines.items():
         label = name if name.endswith("joined") else f"{name}, file by file"
         table.add_row(label, f"{bits:.4f}", "")
     return table
 
 
-def sample_text(run: Run, generate: Generate) -> str | None:
-    """`train.output.sample_prompt` continued by `sample_tokens` tokens; None when that is 0."""
-    output, tokenizer = run.cfg.train.output, run.data.tokenizer
-    if not output.sample_tokens:
-        return None
-    prompt = tokenizer.prompt(output.sample_prompt)
-    seed = int(np.asarray(run.state.key)[-1] & 0x7FFFFFFF)
-    room = run.cfg.model.max_position - len(prompt)
-    ids = generate(
-        run.cfg.model,
-        run.state.variables,
-        [prompt],
-        min(output.sample_tokens, room),
-        temperature=0.7,
-        top_p=0.95,
-        seed=seed,
-        eos_id=tokenizer.eos_id,
-    )
-    new = list(itertools.takewhile(lambda i: i != tokenizer.eos_id, (int(i) for i in ids[0])))
-    return output.sample_prompt + tokenizer.decode(new)
+def _final_evaluations(
+    run: Run, stop: StopRequest, sum_loss: SumLoss, console: rich.console.Console
+) -> dict[str, Evaluation]:
+    """The model and its average on held-out text, at most `train.output.final_eval_batches` batches of it."""
+    most = run.cfg.train.output.final_eval_batches
+    if not most:
+        return {}
+    total = num_heldout_batches(**_heldout_settings(run))
+    num = min(most, total)
+    part = "all held-out text" if num == total else f"{num:,} of {total:,} batches of held-out text, a fair sample"
+    again = "" if run.average is None else ", first of the model, then of its moving average"
+    console.print(f"evaluating on {part}: {num:,} batches{again} …", markup=False, highlight=False)
+
+    def score(name: str, variables: Variables) -> Evaluation | None:
+        def batches() -> Iterator[Batch]:
+            for batch in announced(_heldout(run, num), total=num, name=f"evaluating {name}", console=console):
+                stop.check()
+                yield batch
+
+        return evaluate(sum_loss, variables, batches())
+
+    found = {MODEL: score(MODEL, run.state.variables)}
+    if run.average is not None:
+        found[AVERAGE] = score(AVERAGE, _averaged(run))
+    return {name: result for name, result in found.items() if result is not None}
 
 
-def _heldout(run: Run, max_batches: int | None) -> Iterator[Batch]:
-    data: PreparedData = run.data
-    return heldout_batches(
-        data.tokenizer,
-        data.heldout,
-        batch_size=run.cfg.train.batch.micro,
-        seq_len=run.cfg.train.seq_len,
-        overlap=run.cfg.data.heldout_overlap,
-        max_batches=max_batches,
-    )
+def _draw(run: Run, path: Path, result: Evaluation | None, baselines: Mapping[str, float]) -> None:
+    # Imported here, because matplotlib looks for a folder for its caches on import and may find none.
+    from dsv3_jax.training.plot import plot_run
+
+    heldout = read_rows(run.run_dir / HELDOUT)
+    title = f"{run.cfg.name}: {run.progress.tokens / 1e6:.1f}M tokens"
+    if result is not None:
+        heldout.append({**run.progress._asdict(), **result._asdict()})
+        title += f", {result.bits_per_byte:.3f} bits per byte"
+    plot_run(path, title, read_rows(run.run_dir / METRICS), heldout, baselines, run.cfg.model.mtp_depth)
 
 
-def _until(stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """`batches`, until a stop is requested."""
-    for batch in batches:
-        stop.check()
-        yield batch
+def _export(run: Run, folder: Path) -> None:
+    tokenizer = run.run_dir / "tokenizer.json"
+    save_pretrained(folder, run.cfg.model, run.state.variables, "bfloat16", tokenizer=tokenizer, overwrite=True)
+
+
+def _heldout(run: Run, max_batches: int) -> Iterator[Batch]:
+    return heldout_batches(**_heldout_settings(run), max_batches=max_batches)
+
+
+def _heldout_settings(run: Run) -> dict:
+    return {
+        "tokenizer": run.data.tokenizer,
+        "shards": run.data.heldout,
+        "batch_size": run.cfg.train.batch.micro,
+        "seq_len": run.cfg.train.seq_len,
+        "overlap": run.cfg.data.heldout_overlap,
+    }
 
 
 def _averaged(run: Run) -> Variables:

@@ -1,5 +1,6 @@
 """One picture of a run: loss on training and held-out text, and how evenly the experts are used."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
+DRAWN = ("tokens", "main_loss", "learning_rate", "grad_norm")
+
 
 def plot_run(path: Path, title: str, rows: Rows, heldout: Rows, lines: Mapping[str, float], num_mtp: int) -> None:
-    """Writes a PNG.
+    """Writes a PNG. Rows that lack a number which is drawn, or hold something else in its place, are left out.
 
     Args:
         path: file to write.
@@ -23,6 +26,8 @@ def plot_run(path: Path, title: str, rows: Rows, heldout: Rows, lines: Mapping[s
         lines: label -> bits per byte, drawn across the panel of bits per byte (compressors).
         num_mtp: how many of the last layers in `load_max_over_mean` are MTP modules.
     """
+    rows = _alike([row for row in rows if _has_numbers(row, *DRAWN)], "load_max_over_mean", "mtp_loss")
+    heldout = [row for row in heldout if _has_numbers(row, "tokens", "loss", "bits_per_byte")]
     figure = Figure(figsize=(13, 8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
@@ -51,8 +56,8 @@ def _loss_panel(panel: Any, rows: Rows, heldout: Rows) -> None:
     if len(main):
         panel.plot(tokens, main, color="C0", alpha=0.25, linewidth=0.7)
         panel.plot(tokens, smooth(main, _window(rows)), color="C0", label="training")
-        mtp = np.array([np.mean(row["mtp_loss"]) if row["mtp_loss"] else np.nan for row in rows])
-        if np.isfinite(mtp).all():
+        if rows[0]["mtp_loss"]:
+            mtp = np.array([np.mean(row["mtp_loss"]) for row in rows])
             panel.plot(tokens, smooth(mtp, _window(rows)), color="C2", label="training, token after next (MTP)")
         low = np.percentile(main, 0.5)
         panel.set_ylim(bottom=max(0.0, 0.9 * low))
@@ -111,6 +116,28 @@ def _rate_panel(panel: Any, rows: Rows) -> None:
 def _legend(panel: Any) -> None:
     if panel.get_legend_handles_labels()[0]:
         panel.legend(frameon=False, fontsize=8)
+
+
+def _has_numbers(row: Mapping[str, Any], *names: str) -> bool:
+    return all(_is_number(row.get(name)) for name in names)
+
+
+def _alike(rows: Rows, *names: str) -> Rows:
+    """The rows whose lists of numbers `names` are as long as those of the last row that has them."""
+
+    def lengths(row: Mapping[str, Any]) -> tuple[int, ...] | None:
+        lists = [row.get(name) for name in names]
+        if all(isinstance(items, list) and all(_is_number(item) for item in items) for items in lists):
+            return tuple(len(items) for items in lists if items is not None)
+        return None
+
+    found = [lengths(row) for row in rows]
+    wanted = next((each for each in reversed(found) if each is not None), None)
+    return [row for row, each in zip(rows, found, strict=True) if each is not None and each == wanted]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _window(rows: Rows) -> int:

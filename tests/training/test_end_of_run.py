@@ -53,7 +53,9 @@ class FinishedRun(NamedTuple):
             overlap=self.cfg.data.heldout_overlap,
             max_batches=max_batches,
         )
-        return evaluate(make_evaluator(self.cfg), variables, batches)
+        found = evaluate(make_evaluator(self.cfg), variables, batches)
+        assert found is not None
+        return found
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,15 @@ def test_bits_per_byte_counts_scored_tokens_only(small):
     logits = forward(small.model, state.variables, batch["tokens"], batch["positions"], batch["segment_ids"]).logits
     log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][:, :, None], -1)[:, :, 0]
     nll = -(log_p * batch["loss_mask"]).sum()
+    assert result is not None
     assert result.num_tokens == (T - 3) + 4
     assert result.num_bytes == 13
     assert result.loss == pytest.approx(nll / result.num_tokens, rel=1e-5)
     assert result.bits_per_byte == pytest.approx(nll / math.log(2) / 13, rel=1e-5)
+
+
+def test_nothing_scored_is_no_result():
+    nothing = {"loss_mask": np.zeros((1, 4), np.int32), "num_bytes": np.array([0])}
+    only_an_end = {**nothing, "loss_mask": np.eye(1, 4, dtype=np.int32)}
+    for batches in ([], [nothing], [only_an_end]):
+        assert evaluate(lambda variables, batch: jax.numpy.zeros(()), {}, batches) is None

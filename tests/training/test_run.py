@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,17 +131,84 @@ def test_a_finished_run_started_again_only_reports(command, undisturbed: Path, c
 def test_sigterm_saves_and_the_next_start_continues_bit_for_bit(command, undisturbed: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
 
-    def stop() -> None:
-        wait_for_rows(run_dir, 10)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
+    rows = run_dir / "metrics.jsonl"
+    thread = when(lambda: rows.exists() and rows.read_text().count("\n") >= 10, signal.SIGTERM)
     assert main(command(run_dir)) == 0
     thread.join()
     assert 10 <= len(losses(run_dir)) < STEPS
     assert main(command(run_dir)) == 0
     same_run(run_dir, undisturbed)
+
+
+def when(ready: Callable[[], bool], number: signal.Signals) -> threading.Thread:
+    """Sends this process a signal as soon as `ready`."""
+
+    def send() -> None:
+        deadline = time.monotonic() + 300
+        while not ready() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_a_stop_before_the_first_step_leaves_with_the_signals_number(command, tmp_path: Path, capsys):
+    thread = when((tmp_path / "run" / "config.json").exists, signal.SIGHUP)
+    assert main(command(tmp_path / "run")) == 128 + signal.SIGHUP
+    thread.join()
+    assert "stopped by SIGHUP" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_stop_during_the_results_is_quick_and_the_next_start_computes_them(
+    command, undisturbed: Path, tmp_path: Path
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    (run_dir / "training.png").unlink()
+    before = set(run_dir.iterdir())
+    # Training is over, so the log is opened only to be closed again, and the results follow.
+    log = run_dir / "metrics.jsonl"
+    opened = log.stat().st_ino
+    thread = when(lambda: log.stat().st_ino != opened, signal.SIGTERM)
+    assert main(command(run_dir)) == 0
+    thread.join()
+    assert set(run_dir.iterdir()) == before
+    assert main(command(run_dir)) == 0
+    assert (run_dir / "training.png").stat().st_size > 0
+
+
+def test_what_fails_at_the_end_is_named_and_the_rest_is_done(command, undisturbed: Path, tmp_path: Path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    (run_dir / "training.png").unlink()
+    (run_dir / "training.png").mkdir()
+    shutil.rmtree(run_dir / "hf")
+    assert main(command(run_dir, "train.output.sample_tokens=8", "train.output.final_eval_batches=1")) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the picture failed: IsADirectoryError")
+    assert "1 of " in out
+    assert "this model" in out
+    assert "sample" in out
+    assert (run_dir / "hf" / "config.json").is_file()
+
+
+def test_no_batches_to_evaluate_means_no_evaluation(command, undisturbed: Path, tmp_path: Path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    before = (run_dir / "heldout.jsonl").read_text()
+    one_step_more = losses(run_dir)[-1][0] + 1
+    tokens = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["tokens"] + 1
+    sets = ["train.output.eval_every=1", "train.output.eval_batches=0", "train.output.final_eval_batches=0"]
+    assert main(command(run_dir, *sets, f"train.total_tokens={tokens}")) == 0
+    out, err = capsys.readouterr()
+    assert losses(run_dir)[-1][0] == one_step_more
+    assert (run_dir / "heldout.jsonl").read_text() == before
+    assert "bits per byte" in out  # of the compressors
+    assert "this model" not in out
+    assert err == ""
 
 
 def test_kill_nine_and_the_next_start_continues_bit_for_bit(
@@ -226,6 +294,27 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint_good(
     assert set(before) <= {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert main(command(run_dir)) == 0
     same_run(run_dir, undisturbed)
+
+
+@pytest.mark.slow
+def test_metrics_that_cannot_be_written_end_the_run_saved(command, undisturbed: Path, tmp_path: Path, repository: Path):
+    """The log is nearly as large as files may be here, and every checkpoint smaller."""
+    run_dir = tmp_path / "run"
+    half = (8 * 2 + 10 * 4) * 16
+    assert main(command(run_dir, f"train.total_tokens={half}")) == 0
+    log = run_dir / "metrics.jsonl"
+    *rows, last = log.read_text().splitlines()
+    log.write_text("\n".join([*rows, json.dumps({**json.loads(last), "note": "x" * 2_000_000})]) + "\n")
+    limit = log.stat().st_size + 1500
+    process = start(command(run_dir), repository, before=f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "cannot write the metrics" in errors[0]
+    assert "The checkpoint of step" in errors[0]
+    assert main(command(run_dir)) == 0
+    assert final_arrays(run_dir) == final_arrays(undisturbed)
 
 
 @pytest.mark.slow
