@@ -13,8 +13,12 @@ def user_path(given: str | os.PathLike[str]) -> Path:
         ConfigError: it is empty (a shell variable that is not set), or there is no such home folder.
     """
     check(os.fspath(given).strip() != "", "a path is empty; give a file or folder, or leave the setting out.")
+    check("\0" not in os.fspath(given), f"{shown(given)}: a path holds no zero bytes; write it again.")
     try:
+        os.fsencode(given)
         return Path(given).expanduser()
+    except UnicodeEncodeError as e:
+        raise ConfigError(f"{shown(given)}: half a character cannot be in a path; write it again.") from e
     except RuntimeError as e:
         raise ConfigError(f"{shown(given)}: there is no such home folder; write the path out.") from e
 

@@ -1,17 +1,23 @@
 """Where the text comes from: the standard library's sources, or the user's files, as a stream of documents."""
 
+import contextlib
 import dataclasses
-import glob
-import json
 import os
+import stat
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
-from dsv3_jax.config.paths import user_path
+from dsv3_jax.config.paths import shown, user_path
+from dsv3_jax.data import documents
+from dsv3_jax.data.documents import BYTE_ORDER_MARK, Document, Rejected
+from dsv3_jax.data.json_file import read_json
+from dsv3_jax.data.parquet_file import read_parquet
+from dsv3_jax.data.search import Names, Search
+from dsv3_jax.data.streams import kind_of, open_bytes
+from dsv3_jax.data.text_file import read_json_lines, read_text
 
 TEXT_SUFFIXES = frozenset(
     f".{kind}"
@@ -25,35 +31,35 @@ TEXT_SUFFIXES = frozenset(
 )
 """One document a file, whatever the language."""
 
-LONGEST_DOCUMENT = 2**20
-"""Bytes (characters in a line or row) after which a text is cut at the next line break into further documents."""
+_RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
+_PARQUET = ".parquet"
 
 _EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
-
-class Document(NamedTuple):
-    """One text, named after its file (and line or row)."""
-
-    name: str
-    text: str
+_KNOWN = "use .txt, .md, source code, .jsonl, .json (each also as .gz or .zst) or .parquet"
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The files of a corpus, in reading order. `named` were given by name, not found in a folder or by a glob."""
+    """The files of a corpus, in reading order. `named` were given by name, not found in a folder or by a glob.
+
+    `left_out[why]`: names that are no files to read. `problems`: what could not be looked into, a sentence each.
+    """
 
     files: tuple[Path, ...]
     named: frozenset[Path]
-    num_ignored: int
+    left_out: Mapping[str, Names]
+    problems: tuple[str, ...]
     root: Path | None
 
     def name(self, file: Path) -> str:
         """Name of a file in messages and fingerprints."""
-        return file.relative_to(self.root).as_posix() if self.root else str(file)
+        return shown(file.relative_to(self.root).as_posix() if self.root else file)
 
-
-class Rejected(Exception):
-    """A file, line or row that cannot become a document; the message says which, and why."""
+    @property
+    def num_ignored(self) -> int:
+        """Names that are left out."""
+        return sum(names.count for names in self.left_out.values())
 
 
 @dataclasses.dataclass
@@ -67,42 +73,45 @@ class Tally:
 def list_files(cfg: DataConfig) -> Listing:
     """Finds the files of `cfg.paths`, or of the standard library where there are none.
 
+    Links are followed. A file is listed once, under the first of its names.
+
     Raises:
-        UserError: a path does not exist, a glob finds nothing, or a named file has an unknown suffix.
+        UserError: a path does not exist or is no file or folder, holds or matches nothing of a known kind, or a named
+            file has an unknown suffix.
     """
     if not cfg.paths:
         return _standard_library()
-    files: dict[Path, None] = {}
+    search = Search(_is_known)
     named: set[Path] = set()
-    num_ignored = 0
     for given in cfg.paths:
-        path = user_path(given)
-        if path.is_dir():
-            found, ignored = _walk(path)
-            num_ignored += ignored
-            if not found:
-                raise UserError(f"folder {given} holds no file of a known kind; {_known()} (data.paths).")
-        elif path.exists():
-            if not _is_known(path):
-                raise UserError(f"{given} has the unknown suffix {path.suffix!r}; {_known()} (data.paths).")
-            found = [path]
-            named.add(path)
-        elif any(mark in given for mark in "*?["):
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-            found = [match for match in matches if match.is_file() and _is_known(match)]
-            num_ignored += sum(match.is_file() for match in matches) - len(found)
-            if not found:
-                raise UserError(f"glob {given} matches no file of a known kind; {_known()} (data.paths).")
+        path, name = user_path(given), shown(given)
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError) as e:
+            if not any(mark in given for mark in "*?["):
+                what = "is a link to nothing" if path.is_symlink() else "does not exist"
+                raise UserError(f"{name} {what}; give existing files, folders or globs (data.paths).") from e
+            if not search.add_matches(path) and not search.problems:
+                raise UserError(f"glob {name} matches no file of a known kind; {_KNOWN} (data.paths).") from e
+        except OSError as e:
+            raise UserError(f"{name} cannot be read ({e.strerror}); correct its permissions (data.paths).") from e
         else:
-            raise UserError(f"{given} does not exist; give existing files, folders or globs (data.paths).")
-        files.update(dict.fromkeys(found))
-    return Listing(tuple(files), frozenset(named), num_ignored, None)
+            if stat.S_ISREG(mode):
+                if not _is_known(path):
+                    raise UserError(f"{name} has the unknown suffix {path.suffix!r}; {_KNOWN} (data.paths).")
+                named.add(path)
+            elif not stat.S_ISDIR(mode):
+                raise UserError(f"{name} is neither a file nor a folder; {_KNOWN} (data.paths).")
+            if not search.add(path) and not search.problems:
+                raise UserError(f"folder {name} holds no file of a known kind; {_KNOWN} (data.paths).")
+    return Listing(tuple(search.files), frozenset(named), search.left_out, tuple(search.problems), None)
 
 
 def read(cfg: DataConfig, listing: Listing, tally: Tally) -> Iterator[Document]:
     """Reads every document, in order, counting in `tally` what is left out (of a long file, what follows the fault).
 
-    Texts longer than `LONGEST_DOCUMENT` become several documents, so that memory stays bounded.
+    Texts longer than `documents.LONGEST_DOCUMENT` become several documents, so that memory stays bounded. A byte order
+    mark at the start of a text is no part of it.
 
     Raises:
         UserError: something is not a document and `cfg.on_bad_file` is "error".
@@ -114,151 +123,65 @@ def read(cfg: DataConfig, listing: Listing, tally: Tally) -> Iterator[Document]:
             raise UserError(f"{message} (or leave it out: data.on_bad_file=skip).")
         tally.rejected.append(message)
 
+    for problem in listing.problems:
+        reject(problem)
     for file in listing.files:
+        name = listing.name(file)
         try:
-            if file.suffix.lower() == ".jsonl":
-                yield from _read_jsonl(file, cfg.text_field, reject, tally)
-            elif file.suffix.lower() == ".parquet":
-                yield from _read_parquet(file, cfg.text_field, reject, tally)
+            if kind_of(file) in TEXT_SUFFIXES:
+                yield from _whole_file(file, name, file in listing.named, reject, tally)
             else:
-                if file.stat().st_size:
-                    yield from (Document(listing.name(file), text) for text in _read_text(file))
-                elif file in listing.named:
-                    reject(f"{file} is empty; remove it from data.paths")
-                else:
-                    tally.num_empty += 1
+                yield from _records(file, name, cfg.text_field, reject, tally)
         except OSError as e:
-            reject(f"{file} cannot be read ({e.strerror or e}); mend the file or its permissions")
+            reject(f"{shown(file)} cannot be read ({e.strerror or e}); correct the file or its permissions")
         except Rejected as e:
             reject(str(e))
 
 
+def _whole_file(
+    file: Path, name: str, is_named: bool, reject: Callable[[str], None], tally: Tally
+) -> Iterator[Document]:
+    is_empty = True
+    with open_bytes(file) as stream:
+        for text in read_text(stream, shown(file)):
+            is_empty = False
+            yield Document(name, text)
+    if is_empty and is_named:
+        reject(f"{shown(file)} is empty; remove it from data.paths")
+    elif is_empty:
+        tally.num_empty += 1
+
+
+def _records(file: Path, name: str, field: str, reject: Callable[[str], None], tally: Tally) -> Iterator[Document]:
+    with contextlib.ExitStack() as opened:
+        if kind_of(file) == _PARQUET:
+            texts = read_parquet(file, field, reject)
+        elif kind_of(file) == ".json":
+            texts = read_json(opened.enter_context(open_bytes(file)), shown(file), field, reject)
+        else:
+            texts = read_json_lines(opened.enter_context(open_bytes(file)), shown(file), field, reject)
+        for number, text in texts:
+            text = text.removeprefix(BYTE_ORDER_MARK)
+            if not text:
+                tally.num_empty += 1
+            yield from (Document(f"{name}:{number}", piece) for piece in documents.pieces(text))
+
+
 def _standard_library() -> Listing:
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(
-        (Path(folder) / name for folder, name in _files_below(root, _EXCLUDED_FOLDERS) if name.endswith(".py")),
-        key=lambda file: file.relative_to(root).as_posix(),
-    )
-    if not files:
+    problems: list[str] = []
+    found = []
+    for place, folders, names in os.walk(root, onerror=lambda e: problems.append(f"folder {e.filename}: {e.strerror}")):
+        folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS and not name.startswith(".")]
+        found += [Path(place) / name for name in names if name.endswith(".py") and not name.startswith(".")]
+    if not found:
         raise UserError(
-            f"this Python keeps no standard library sources in {root}, the default corpus; give your own (data.paths)."
+            f"this Python has no standard library sources in {root}, the default corpus; give your own (data.paths)."
         )
-    return Listing(tuple(files), frozenset(), 0, root)
-
-
-def _walk(folder: Path) -> tuple[list[Path], int]:
-    files = sorted(Path(place) / name for place, name in _files_below(folder, frozenset({"__pycache__"})))
-    known = [file for file in files if _is_known(file)]
-    return known, len(files) - len(known)
-
-
-def _files_below(root: Path, excluded: frozenset[str]) -> Iterator[tuple[str, str]]:
-    for place, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
-        yield from ((place, name) for name in names if not name.startswith("."))
+    files = sorted(found, key=lambda file: file.relative_to(root).as_posix())
+    return Listing(tuple(files), frozenset(), {}, tuple(problems), root)
 
 
 def _is_known(file: Path) -> bool:
-    return file.suffix.lower() in (*TEXT_SUFFIXES, ".jsonl", ".parquet")
-
-
-def _known() -> str:
-    return "use .txt, .md, source code, .jsonl or .parquet"
-
-
-def _decode(data: bytes, file: Path, first_line: int = 1) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        line = first_line + data.count(b"\n", 0, e.start)
-        raise Rejected(
-            f"{file}, line {line}: byte 0x{data[e.start]:02x} at {e.start} is not UTF-8; convert the file to UTF-8"
-        ) from e
-
-
-def _read_text(file: Path) -> Iterator[str]:
-    line = 1
-    with file.open("rb") as source:
-        while part := source.read(LONGEST_DOCUMENT):
-            part += source.readline(LONGEST_DOCUMENT)
-            for _ in range(3):  # an endless line may have been cut inside a character
-                part += source.read(1) if source.peek(1)[:1] and source.peek(1)[0] & 0xC0 == 0x80 else b""
-            yield _decode(part, file, line)
-            line += part.count(b"\n")
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        end = (
-            text.find("\n", start + LONGEST_DOCUMENT, start + 2 * LONGEST_DOCUMENT) + 1 or start + LONGEST_DOCUMENT * 2
-        )
-        yield text[start:end]
-        start = end
-
-
-def _read_jsonl(file: Path, field: str, reject: Callable[[str], None], tally: Tally) -> Iterator[Document]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = _field_of_line(_decode(line, file, number), field, f"{file}, line {number}")
-            except Rejected as e:
-                reject(str(e))
-                continue
-            if text:
-                yield from (Document(f"{file}:{number}", piece) for piece in _pieces(text))
-            else:
-                tally.num_empty += 1
-
-
-def _field_of_line(line: str, field: str, name: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise Rejected(f"{name}: not JSON ({e}); put one JSON object on each line") from e
-    if not isinstance(record, dict) or field not in record:
-        fields = ", ".join(sorted(record)[:8]) if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise Rejected(f"{name}: no field {field!r} (found: {fields}); set data.text_field to the field with the text")
-    return _checked_text(record[field], field, name)
-
-
-def _read_parquet(file: Path, field: str, reject: Callable[[str], None], tally: Tally) -> Iterator[Document]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as e:
-        raise UserError(f"{file} needs pyarrow to be read; pip install pyarrow, or convert the file to .jsonl.") from e
-    try:
-        with parquet.ParquetFile(file) as table:
-            columns = table.schema_arrow.names
-            if field not in columns:
-                found = ", ".join(columns[:8])
-                raise Rejected(f"{file}: no column {field!r} (found: {found}); set data.text_field to one of them")
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    try:
-                        text = _checked_text(value, field, f"{file}, row {row}")
-                    except Rejected as e:
-                        reject(str(e))
-                        continue
-                    if text:
-                        yield from (Document(f"{file}:{row}", piece) for piece in _pieces(text))
-                    else:
-                        tally.num_empty += 1
-    except (pyarrow.ArrowException, OSError) as e:
-        raise Rejected(f"{file} is no readable parquet file ({str(e).splitlines()[0]}); write it again") from e
-
-
-def _checked_text(value: object, field: str, name: str) -> str:
-    if not isinstance(value, str):
-        kind = "nothing" if value is None else f"a {type(value).__name__}"
-        raise Rejected(f"{name}: {field!r} holds {kind}, not text; write a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise Rejected(f"{name}: {field!r} holds half a surrogate pair at {e.start}; write whole characters") from e
-    return value
+    kind = kind_of(file)
+    return kind in TEXT_SUFFIXES or kind in _RECORD_SUFFIXES or (kind == _PARQUET and kind == file.suffix.lower())

@@ -227,8 +227,9 @@ def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _say_tally(listing: corpus.Listing, tally: corpus.Tally, say: Callable[[str], None]) -> None:
-    if listing.num_ignored:
-        say(f"data: {listing.num_ignored} files of unknown kinds in the given folders are left out")
+    for why, names in listing.left_out.items():
+        more = ", …" if names.count > len(names.examples) else ""
+        say(f"data: left out: {names.count:,} {why} : {', '.join(names.examples)}{more}")
     if tally.num_empty and listing.root is None:
         say(f"data: {tally.num_empty} empty documents are left out")
     for message in tally.rejected[:10]:

@@ -14,8 +14,9 @@ def test_home_is_known_wherever_a_path_is_given(tmp_path, monkeypatch):
     assert user_path(Path("a~")) == Path("a~")
     with pytest.raises(ConfigError, match="~nobody-of-this-name/x: there is no such home folder"):
         user_path("~nobody-of-this-name/x")
-    with pytest.raises(ConfigError, match="a path is empty"):
-        user_path("")
+    for given, message in (("", "a path is empty"), (" ", "is empty"), ("a\0b", "zero bytes"), ("\ud800", "half a")):
+        with pytest.raises(ConfigError, match=message):
+            user_path(given)
     (tmp_path / "own.py").write_text(Path("configs/tiny.py").read_text(encoding="utf-8"), encoding="utf-8")
     assert load_config("~/own.py") == load_config("configs/tiny.py")
 
