@@ -50,7 +50,7 @@ def complete(given: argparse.Namespace) -> list[tuple[str, str]]:
     folder = user_path(given.model)
     cfg, variables = load_model(folder, given.dtype, use_average=given.average)
     tokenizer = tokenizers.load(tokenizer_file(folder), bos_id=cfg.bos_id, eos_id=cfg.eos_id)
-    stops = (cfg.eos_id,) if is_run(folder) else stop_ids(folder, cfg)
+    stops = [cfg.eos_id] if is_run(folder) and cfg.eos_id is not None else stop_ids(folder, cfg)
     for prompt in given.prompt:
         is_text = not any("\ud800" <= character <= "\udfff" for character in prompt)  # bytes that were no UTF-8
         check(is_text, f"--prompt {prompt!r} is not valid UTF-8; give text in UTF-8.")

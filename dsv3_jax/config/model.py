@@ -138,7 +138,8 @@ class ModelConfig:
     The first `num_dense_layers` of `num_layers` have a dense feed-forward of width `ffn_dim`, the rest `moe`.
     `mtp_depth` multi-token-prediction modules follow (paper: D). `latent_norm_eps` is fixed at 1e-6 in the
     released code whatever `norm_eps` says. Weights start as N(0, `init_std`²) (report section 4.2).
-    `bos_id` None: texts begin without a mark, so their first token is not predicted.
+    `bos_id` None: texts begin without a mark, so their first token is not predicted. `eos_id` None: nothing ends a
+    text; such a model generates on, and is not trained here.
     """
 
     vocab_size: int = 129280
@@ -156,7 +157,7 @@ class ModelConfig:
     latent_norm_eps: float = 1e-6
     init_std: float = 0.006
     bos_id: int | None = 0
-    eos_id: int = 1
+    eos_id: int | None = 1
 
     def __post_init__(self) -> None:
         check_finite(self)

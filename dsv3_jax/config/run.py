@@ -39,6 +39,10 @@ class RunConfig:
             f"name={self.name!r} cannot be printed as a title; give a word (RunConfig.name).",
         )
         check(
+            self.model.eos_id is not None,
+            "model.eos_id is none, but training ends each text with a token; set model.eos_id (RunConfig.model).",
+        )
+        check(
             self.train.seq_len <= self.model.max_position,
             f"train.seq_len={self.train.seq_len} exceeds model.max_position={self.model.max_position}, the positions "
             "that an exported model admits to; shorten the rows or raise model.max_position (RunConfig).",

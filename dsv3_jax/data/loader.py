@@ -150,7 +150,7 @@ def _finish(rows: dict[str, np.ndarray]) -> Batch:
 
 def _places(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> list[tuple[int, int, int, int]]:
     """(document, *window) of every window."""
-    num_marks = 1 if tokenizer.bos_id is None else 2
+    num_marks = sum(mark is not None for mark in (tokenizer.bos_id, tokenizer.eos_id))
     return [
         (record, *window)
         for record in range(len(shards))

@@ -6,13 +6,13 @@ import numpy as np
 from jaxtyping import Int
 
 
-def as_document(tokens: Int[np.ndarray, "N"], *, bos_id: int | None, eos_id: int) -> Int[np.ndarray, "M"]:
+def as_document(tokens: Int[np.ndarray, "N"], *, bos_id: int | None, eos_id: int | None) -> Int[np.ndarray, "M"]:
     """Frames a text by bos and eos: its first token has something to follow, and its end is predicted too.
 
-    Without bos (None) the first token of a text is no label of it.
+    A mark that is None is left out; without bos the first token of a text is no label of it.
     """
-    begin = [] if bos_id is None else [bos_id]
-    return np.concatenate([begin, tokens, [eos_id]]).astype(np.int32)
+    begin, end = ([] if mark is None else [mark] for mark in (bos_id, eos_id))
+    return np.concatenate([begin, tokens, end]).astype(np.int32)
 
 
 def join_and_cut(documents: Sequence[Int[np.ndarray, "_"]], seq_len: int) -> Int[np.ndarray, "rows T_plus_1"]:

@@ -47,7 +47,7 @@ class TextTokenizer:
     blanks, which some tokenizers add to spell indentation.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, bos_id: int | None = 0, eos_id: int = 1):
+    def __init__(self, inner: tokenizers.Tokenizer, *, bos_id: int | None = 0, eos_id: int | None = 1):
         self._inner = inner
         self._encoder = _encoder_of_text(inner)
         self.bos_id = bos_id
@@ -60,12 +60,12 @@ class TextTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The padding token, or eos where the tokenizer has none."""
+        """The padding token, or eos where the tokenizer has none, or 0 where nothing ends a text."""
         for name in (PAD, _RELEASED_PAD):
             found = self._inner.token_to_id(name)
             if found is not None:
                 return found
-        return self.eos_id
+        return 0 if self.eos_id is None else self.eos_id
 
     @property
     def fim(self) -> FimIds | None:
@@ -89,9 +89,13 @@ class TextTokenizer:
         found = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
 
-    def decode(self, ids: Sequence[int | np.integer] | Integer[np.ndarray, "N"]) -> str:
-        """Text of ids; bytes that are no UTF-8 (a cut character) become U+FFFD."""
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
+    def decode(self, ids: Sequence[int | np.integer] | Integer[np.ndarray, "N"], *, skip_special: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 (a cut character) become U+FFFD.
+
+        `skip_special` leaves out special tokens and bos, eos, pad and fill-in-the-middle marks.
+        """
+        hidden = self._roles if skip_special else ()
+        return self._inner.decode([int(i) for i in ids if i not in hidden], skip_special_tokens=skip_special)
 
     @functools.cached_property
     def bytes_per_token(self) -> Int[np.ndarray, "V"]:
@@ -101,9 +105,13 @@ class TextTokenizer:
             sizes[i] = len(token)  # one character of the byte alphabet a byte
         for i, token in self._inner.get_added_tokens_decoder().items():
             sizes[i] = 0 if token.special else len(token.content.encode())
-        roles = [self.bos_id, self.eos_id, self.pad_id, *(dataclasses.astuple(self.fim) if self.fim else ())]
-        sizes[[i for i in roles if i is not None]] = 0
+        sizes[list(self._roles)] = 0
         return sizes
+
+    @functools.cached_property
+    def _roles(self) -> set[int]:
+        roles = [self.bos_id, self.eos_id, self.pad_id, *(dataclasses.astuple(self.fim) if self.fim else ())]
+        return {i for i in roles if i is not None}
 
     @functools.cached_property
     def line_break_halves(self) -> Int[np.ndarray, "V 2"]:
@@ -169,7 +177,7 @@ def train(texts: Iterator[str], *, vocab_size: int) -> TextTokenizer:
     return TextTokenizer(inner)
 
 
-def load(path: str | Path, *, bos_id: int | None = 0, eos_id: int = 1) -> TextTokenizer:
+def load(path: str | Path, *, bos_id: int | None = 0, eos_id: int | None = 1) -> TextTokenizer:
     """Reads a tokenizer.json, or the one in a folder.
 
     Raises:

@@ -59,9 +59,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     vocab_size = whole(config, "vocab_size")
     eos_ids = token_ids(config, "eos_token_id", vocab_size=vocab_size)
     check(
-        len(eos_ids) > 0,
-        "config.json: eos_token_id is missing or null, but a text of this model ends with a token, which also ends "
-        "generation; set it to an id (generation_config.json or tokenizer_config.json may name it).",
+        "eos_token_id" in config, "config.json: 'eos_token_id' is missing; set it, to null where nothing ends a text."
     )
     theta, yarn = read_rope(config)
     return ModelConfig(
@@ -79,7 +77,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         norm_eps=real(config, "rms_norm_eps", 1e-6),
         init_std=real(config, "initializer_range", 0.02),
         bos_id=None if config.get("bos_token_id") is None else whole(config, "bos_token_id"),
-        eos_id=eos_ids[0],
+        eos_id=eos_ids[0] if eos_ids else None,
     )
 
 

@@ -104,7 +104,7 @@ def _described(cfg: ModelConfig, file: Path, parsed: dict[str, Any], pad_id: int
         "add_eos_token": False,
         "bos_token": bos,
         "clean_up_tokenization_spaces": False,
-        "eos_token": inner.id_to_token(cfg.eos_id),
+        "eos_token": None if cfg.eos_id is None else inner.id_to_token(cfg.eos_id),
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": cfg.max_position,
         "pad_token": inner.id_to_token(pad_id),

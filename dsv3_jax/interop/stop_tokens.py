@@ -16,7 +16,7 @@ def stop_ids(folder: str | Path, cfg: ModelConfig) -> tuple[int, ...]:
 
     Raises: `CheckpointError` for a file that is no JSON object, `ConfigError` for what is no id of the vocabulary.
     """
-    found = [cfg.eos_id]
+    found = [] if cfg.eos_id is None else [cfg.eos_id]
     for name in ("config.json", "generation_config.json"):
         file = Path(folder) / name
         if os.path.lexists(file):

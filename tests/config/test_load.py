@@ -116,6 +116,7 @@ def test_fields_that_belong_together_change_together(tiny: RunConfig):
         ("name=", "name='' cannot be printed"),
         ("name=a\nb", r"name='a\\nb' cannot be printed"),
         ("train.seq_len=1025", r"seq_len=1025 exceeds model\.max_position=1024"),
+        ("model.eos_id=none", r"model\.eos_id is none, but training ends each text with a token"),
         ("model.max_position=255", r"seq_len=256 exceeds model\.max_position=255"),
         ("train.batch.micro=0", "micro=0 must be positive"),
         ("train.lr.peak=inf", r"peak=inf is not finite.*LearningRateConfig\.peak"),

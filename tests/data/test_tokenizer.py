@@ -77,6 +77,12 @@ def test_roles_have_the_first_ids(small_tokenizer):
     assert small_tokenizer.num_tokens <= 400
 
 
+def test_marks_can_be_left_out_of_a_text(small_tokenizer):
+    ids = [0, *small_tokenizer.encode("def f"), 4, 1, 2]
+    assert small_tokenizer.decode(ids, skip_special=True) == "def f"
+    assert small_tokenizer.decode(ids) == "<|bos_token|>def f<|fim_hole|><|eos_token|><|pad_token|>"
+
+
 def test_the_same_texts_give_the_same_tokenizer(small_tokenizer):
     texts = [f"def f{n}(x):\n    return x + {n}\n" for n in range(100)]
     first, second = (tokenizer.train(iter(texts), vocab_size=380).to_json() for _ in range(2))

@@ -77,7 +77,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
         latent_norm_eps=draw(st.sampled_from([1e-6, 1e-6, 1e-5])),
         init_std=draw(POSITIVE),
         bos_id=draw(st.none() | ids),
-        eos_id=draw(ids),
+        eos_id=draw(st.none() | ids),
     )
 
 

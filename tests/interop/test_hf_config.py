@@ -284,7 +284,7 @@ def test_reads_members_of_the_family(name):
     [
         ({"eos_token_id": [1, 7, 9]}, {"eos_id": 1}),
         ({"eos_token_id": [5]}, {"eos_id": 5}),
-        ({"bos_token_id": None}, {"bos_id": None}),
+        ({"bos_token_id": None, "eos_token_id": None}, {"bos_id": None, "eos_id": None}),
         ({"architectures": None, "model_type": "deepseek_v3"}, {}),
         ({"architectures": [], "model_type": "kimi_k2"}, {}),
         ({"first_k_dense_replace": 99, "num_nextn_predict_layers": 0}, {"num_dense_layers": 61, "mtp_depth": 0}),
@@ -335,7 +335,6 @@ QUANT = RELEASED["quantization_config"]
         ({"hidden_size": True}, r"hidden_size=True must be a whole number"),
         ({"rms_norm_eps": "small"}, r"rms_norm_eps='small' must be a number"),
         ({"eos_token_id": []}, r"eos_token_id=\[\] names no token"),
-        ({"eos_token_id": None}, r"eos_token_id is missing or null"),
         ({"eos_token_id": [1, -2]}, r"eos_token_id=-2 is outside vocab_size"),
         ({"eos_token_id": [1, 129280]}, r"eos_token_id=129280 is outside vocab_size"),
         ({"eos_token_id": [1, True]}, r"eos_token_id=True must be a whole number"),
@@ -385,7 +384,7 @@ def test_names_two_keys_that_contradict_each_other(change, keys):
     "key",
     [
         *("hidden_size", "kv_lora_rank", "q_lora_rank", "n_routed_experts", "n_shared_experts", "n_group"),
-        "routed_scaling_factor",
+        *("routed_scaling_factor", "eos_token_id"),
     ],
 )
 def test_names_a_missing_key(key):

@@ -29,6 +29,7 @@ def test_all_ids_that_either_file_declares(tmp_path, config, generation, expecte
 
 def test_either_file_may_be_absent(tmp_path):
     assert stop_ids(tmp_path, ModelConfig(eos_id=3)) == (3,)
+    assert stop_ids(tmp_path, ModelConfig(eos_id=None)) == ()
 
 
 @pytest.mark.parametrize(
