@@ -147,13 +147,25 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
 def fields_of(cls: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
     """Every key that `--set` takes, with the type it reads."""
     keys: dict[str, Any] = {}
-    for name, hint in _hints(cls).items():
-        group = _group(hint)
+    for name, hint in hints_of(cls).items():
+        group = group_of(hint)
         if group is None or _optional(hint):
             keys[prefix + name] = hint
         if group is not None:
             keys |= fields_of(group, f"{prefix}{name}.")
     return keys
+
+
+def hints_of(cls: Any) -> dict[str, Any]:
+    """The type of each field of a configuration class."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def group_of(hint: Any) -> Any:
+    """The configuration class that a field of type `hint` holds, None when it holds a plain value."""
+    plain = _inner(hint) if _optional(hint) else hint
+    return plain if dataclasses.is_dataclass(plain) else None
 
 
 def _assign(tree: dict[str, Any], key: str, text: str) -> None:
@@ -249,7 +261,7 @@ def _whole(text: str) -> int:
 def _build(cls: Any, tree: Any, prefix: str) -> Any:
     where = prefix.rstrip(".") or "the configuration"
     check(isinstance(tree, Mapping), f"{where} must be a group of fields, not {tree!r}.")
-    hints = _hints(cls)
+    hints = hints_of(cls)
     for name in tree:
         check(name in hints, f"unknown key {prefix + name!r}; {cls.__name__} has {', '.join(hints)}.")
     for name in hints:
@@ -275,22 +287,12 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     return value
 
 
-def _hints(cls: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
 def _optional(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint)
 
 
 def _inner(hint: Any) -> Any:
     return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-
-
-def _group(hint: Any) -> Any:
-    plain = _inner(hint) if _optional(hint) else hint
-    return plain if dataclasses.is_dataclass(plain) else None
 
 
 def _say(hint: Any) -> str:

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,12 @@ _DECODED_DOCUMENTS = 64
 
 
 def prepare(
-    cfg: DataConfig, model: ModelConfig, run_dir: str | Path, *, say: Callable[[str], None] | None = None
+    cfg: DataConfig,
+    model: ModelConfig,
+    run_dir: str | Path,
+    *,
+    expected: Mapping[str, str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> PreparedData:
     """Opens the data of a run, making it first where it does not exist yet.
 
@@ -45,11 +50,12 @@ def prepare(
     the tokenizer. Several processes may call it at once; the first one works.
 
     Args:
+        expected: what `PreparedData.digest` must say, of a run that has learned from it.
         say: takes lines of progress; by default they go to stderr.
 
     Raises:
         UserError: unreadable sources, nothing on one side of the split, a tokenizer that does not fit the model or
-            loses text, data prepared with other settings, altered files, a disk that refuses.
+            loses text, data prepared with other settings, not the `expected` data, altered files, a disk that refuses.
     """
     say = say or _to_stderr
     run_dir = user_path(run_dir)
@@ -63,6 +69,7 @@ def prepare(
                 data = open_prepared(cfg, model, folder)
                 if change := prepared.source_change(cfg, folder):
                     say(f"data: the sources {change}; the run goes on with {folder} (delete it to start anew)")
+        _check_expected(data, expected or {})
         _copy_tokenizer(folder, run_dir)
     except OSError as e:
         raise UserError(f"the data cannot be written to {folder} ({e}); free space or choose data.cache_dir.") from e
@@ -236,6 +243,16 @@ def _say_tally(listing: corpus.Listing, tally: corpus.Tally, say: Callable[[str]
         say(f"data: left out: {message}")
     if len(tally.rejected) > 10:
         say(f"data: {len(tally.rejected) - 10} more files, lines or rows are left out")
+
+
+def _check_expected(data: PreparedData, expected: Mapping[str, str]) -> None:
+    digest = data.digest()
+    changed = [part for part, value in digest.items() if part in expected and expected[part] != value]
+    if changed:
+        raise UserError(
+            f"{data.folder} is not the data that this run has learned from ({', '.join(changed)} differ): bring it or "
+            f"the sources back as they were (and then delete {data.folder}), or use another --run-dir."
+        )
 
 
 def _copy_tokenizer(folder: Path, run_dir: Path) -> None:

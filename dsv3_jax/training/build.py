@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,12 +16,15 @@ from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import Difference, diff, to_dict
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
+from dsv3_jax.config.stored import complete
 from dsv3_jax.data.loader import make_train_iterator
 from dsv3_jax.data.prepare import PreparedData, prepare
 from dsv3_jax.interop.hf_config import to_hf
-from dsv3_jax.training.checkpoint import CheckpointFolder
+from dsv3_jax.training.checkpoint import Checkpoint, CheckpointFolder, load
+from dsv3_jax.training.checkpoint_files import HOST, CheckpointError
 from dsv3_jax.training.ema import HostEMA
 from dsv3_jax.training.metrics import Progress
+from dsv3_jax.training.replace import replace_file
 from dsv3_jax.training.state import TrainState, abstract_state, init_state
 from dsv3_jax.training.targets import MicroBatch, make_micro_batch
 
@@ -68,7 +71,12 @@ class Run:
     def save(self) -> None:
         """Starts saving everything a resumed run needs to continue bit for bit."""
         average = None if self.average is None else self.average.average()
-        host = {"config": to_dict(self.cfg), "tokens": self.progress.tokens, "data": self.data_state}
+        host = {
+            "config": to_dict(self.cfg),
+            "digests": self.data.digest(),
+            "tokens": self.progress.tokens,
+            "data": self.data_state,
+        }
         self.checkpoints.save(self.progress.step, self.state, average, host)
 
 
@@ -78,16 +86,19 @@ def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] 
 
     Raises:
         UserError: the model has no official form, the folder belongs to another configuration (the difference is
-            shown) or another process, the data cannot be prepared, every checkpoint is corrupt, or the folder cannot
-            be written.
+            shown), other data or another process, the data cannot be prepared, every checkpoint is corrupt, or the
+            folder cannot be written.
     """
     run_dir = user_path(run_dir).absolute()
     to_hf(cfg.model, "bfloat16")  # refuses here, not after training, what the export at the end cannot say
     with _locked(run_dir):
         checkpoints = CheckpointFolder(run_dir / "checkpoints", keep=cfg.train.output.keep_checkpoints, say=say)
         checkpoints.clean()
-        _claim(cfg, run_dir, has_checkpoint=bool(checkpoints.steps()), say=say)
-        data = prepare(cfg.data, cfg.model, run_dir, say=say)
+        found = checkpoints.newest()
+        if found is not None:
+            _check_configuration(cfg, run_dir, found, say)
+        _write_config(run_dir, to_dict(cfg))
+        data = prepare(cfg.data, cfg.model, run_dir, expected=_digests(found, say), say=say)
         batches = make_train_iterator(
             cfg.data,
             data.tokenizer,
@@ -96,10 +107,11 @@ def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] 
             seq_len=cfg.train.seq_len,
             seed=cfg.seed,
         )
-        run = _restored(cfg, run_dir, data, batches, checkpoints, say)
+        run = _restored(cfg, run_dir, data, batches, checkpoints, found, say)
         try:
             yield run
         finally:
+            checkpoints.close()
             if run.average is not None:
                 run.average.close()
             batches.close()
@@ -111,54 +123,91 @@ def _restored(
     data: PreparedData,
     batches: grain.DatasetIterator,
     checkpoints: CheckpointFolder,
+    found: Checkpoint | None,
     say: Callable[[str], None],
 ) -> Run:
-    abstract, has_average = abstract_state(cfg), cfg.train.ema_decay > 0
-    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract.params) if has_average else None
-    found = checkpoints.restore_newest(abstract, shapes)
+    has_average = cfg.train.ema_decay > 0
     if found is None:
         state, progress = init_state(cfg), Progress(step=0, tokens=0)
         average = state.params
     else:
-        state, average = found.state, found.average
-        progress = Progress(found.step, found.host["tokens"])
-        batches.set_state(found.host["data"])
+        abstract = abstract_state(cfg)
+        shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract.params) if has_average else None
+        state, average = load(found, abstract, shapes)
+        progress = _continued(batches, found)
         say(f"resuming after step {progress.step} ({progress.tokens:,} tokens).")
     num_updates = progress.step // cfg.train.ema_every
     ema = HostEMA(average, decay=cfg.train.ema_decay, num_updates=num_updates) if has_average else None
     return Run(cfg, run_dir, data, batches, checkpoints, progress, state, ema, batches.get_state())
 
 
-def _claim(cfg: RunConfig, run_dir: Path, *, has_checkpoint: bool, say: Callable[[str], None]) -> None:
-    """Writes the resolved configuration into the folder, unless a different one has trained there."""
-    path, new = run_dir / CONFIG_NAME, to_dict(cfg)
-    if has_checkpoint and path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); restore it from a checkpoint's host.json.") from error
-        changes = diff(old, new)
-        serious = [change for change in changes if not _is_harmless(change)]
-        if serious:
-            raise UserError(
-                f"{run_dir} was trained with another configuration:\n"
-                + "\n".join(f"  {change}" for change in serious)
-                + "\nUse another --run-dir, or give the values on the left to continue this one."
-            )
-        for change in changes:
-            say(f"changed since the last start: {change}")
-    _replace(path, json.dumps(new, indent=1) + "\n")
+def _continued(batches: grain.DatasetIterator, found: Checkpoint) -> Progress:
+    """Puts the data where it was; how far the run was."""
+    tokens = found.host.get("tokens")
+    try:
+        batches.set_state(found.host["data"])
+    except Exception as error:  # Grain does not say what it raises on a state that is none
+        raise CheckpointError(f"{found.path / HOST} does not say where the data was ({error!r}).") from error
+    if type(tokens) is not int or tokens < 0:
+        raise CheckpointError(f"{found.path / HOST} does not say how many tokens were seen, but {tokens!r}.")
+    return Progress(found.step, tokens)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[Difference], list[Difference]]:
+    """What keeps a run of configuration `old` from going on with `new` (as `to_dict` gives them); what does not."""
+    changes = diff(old, new)
+    return [one for one in changes if not _is_harmless(one)], [one for one in changes if _is_harmless(one)]
 
 
 def _is_harmless(change: Difference) -> bool:
     return any(change.key == key or (key.endswith(".") and change.key.startswith(key)) for key in HARMLESS)
 
 
-def _replace(path: Path, text: str) -> None:
+def _check_configuration(cfg: RunConfig, run_dir: Path, found: Checkpoint, say: Callable[[str], None]) -> None:
+    """Refuses a configuration that is not the checkpoint's; brings back a config.json that is not."""
+    path, source = run_dir / CONFIG_NAME, found.path / HOST
+    old = complete(found.host.get("config"), where=str(source))
+    reason = _why_not(path, old)
+    if reason is not None:
+        _write_config(run_dir, old)
+        say(f"{path} {reason}: restored from {source}.")
+    serious, harmless = differences(old, to_dict(cfg))
+    if serious:
+        raise UserError(
+            f"{run_dir} was trained with another configuration:\n"
+            + "\n".join(f"  {change}" for change in serious)
+            + "\nUse another --run-dir, or give the values on the left to continue this one."
+        )
+    for change in harmless:
+        say(f"changed since the last checkpoint: {change}")
+
+
+def _why_not(path: Path, old: Mapping[str, Any]) -> str | None:
+    """What is wrong with a config.json that should not differ from `old`."""
     try:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text)
-        partial.replace(path)
+        stored = complete(json.loads(path.read_bytes()), where=str(path))
+    except FileNotFoundError:
+        return "was lost"
+    except (OSError, ValueError, RecursionError) as error:  # a ConfigError is a ValueError
+        return f"is damaged ({error})"
+    return "belongs to another run" if differences(stored, old)[0] else None
+
+
+def _digests(found: Checkpoint | None, say: Callable[[str], None]) -> dict[str, str]:
+    """What the data must be; empty for a new run, and for a checkpoint that does not say."""
+    if found is None:
+        return {}
+    digests = found.host.get("digests")
+    if not isinstance(digests, dict):
+        say(f"checkpoint {found.path.name} was written before checkpoints named their data: nothing compares it.")
+        return {}
+    return digests
+
+
+def _write_config(run_dir: Path, tree: Mapping[str, Any]) -> None:
+    path = run_dir / CONFIG_NAME
+    try:
+        replace_file(path, json.dumps(tree, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; make room or choose another --run-dir.") from error
 
@@ -177,5 +226,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(
                 f"another process is training in {run_dir}; stop it or choose another --run-dir."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{run_dir} lies where no file can be locked ({error}); choose another --run-dir."
             ) from error
         yield

@@ -1,14 +1,11 @@
 """Checkpoints that survive a kill at any moment.
 
-Orbax writes the arrays in the background; when it has finished, `host.json` and last of all `MANIFEST.json` (size and
-CRC-32 of every file) are added. A folder without a manifest was never finished; one that disagrees with its manifest
-is corrupt. Old checkpoints go only when a newer one is complete.
+Orbax writes the arrays in the background; what makes a checkpoint of them is added when it has finished
+(`checkpoint_files`). Old checkpoints go only when a newer one is complete.
 """
 
 import json
-import os
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,28 +15,23 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import from_dict
-from dsv3_jax.training.state import TrainState, abstract_state
-
-MANIFEST = "MANIFEST.json"
-HOST = "host.json"
-
-
-# What Orbax and tensorstore raise when a file cannot be written.
-_WRITE_ERRORS = (OSError, ValueError, RuntimeError)
-
-
-class CheckpointError(UserError):
-    """A checkpoint could not be written, or none can be read."""
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.stored import complete
+from dsv3_jax.data.prepared import TOKENIZER_NAME, file_sha256
+from dsv3_jax.model.params import init
+from dsv3_jax.precision.policy import get_policy
+from dsv3_jax.training import checkpoint_files as files
+from dsv3_jax.training.checkpoint_files import AVERAGE, HOST, MANIFEST, CheckpointError
+from dsv3_jax.training.replace import replace_file
+from dsv3_jax.training.state import TrainState
 
 
-class Restored(NamedTuple):
-    """`host` is what `save` was given; `average` None when the run keeps none."""
+class Checkpoint(NamedTuple):
+    """A whole checkpoint; `host` is what `save` was given."""
 
+    path: Path
     step: int
-    state: TrainState
-    average: Any
     host: dict[str, Any]
 
 
@@ -64,12 +56,16 @@ class CheckpointFolder:
         self.wait()
         items: dict[str, Any] = dict(state._asdict())
         if average is not None:
-            items["average"] = average
-        target = self.folder / f"{step:012d}"
+            items[AVERAGE] = average
+        target = files.step_path(self.folder, step)
+        if target.exists() or target.is_symlink():
+            raise CheckpointError(
+                f"{target} is where the checkpoint of step {step} belongs; move away what lies there."
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             response = ocp.save_checkpointables_async(str(target), _without_empty(items))
-        except _WRITE_ERRORS as error:
+        except Exception as error:  # Orbax and tensorstore do not say what they raise
             raise self._failed(step, error) from error
         self._saving = step, self._thread.submit(self._finish, target, response, dict(host))
 
@@ -80,96 +76,96 @@ class CheckpointFolder:
         (step, future), self._saving = self._saving, None
         try:
             future.result()
-        except _WRITE_ERRORS as error:
+        except Exception as error:  # as above
             raise self._failed(step, error) from error
+
+    def close(self) -> None:
+        """Waits for a save that is under way; its failure is told, not raised, as this runs when a run ends."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            self._say(str(error))
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first, corrupt ones included."""
-        return sorted(_step_of(path) for path in self._finished())
+        return [int(path.name) for path in files.finished(self.folder)]
 
     def clean(self) -> None:
-        """Removes what an interrupted save left behind."""
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.is_dir() and not path.name.endswith(".corrupt") and not (path / MANIFEST).exists():
-                self._say(f"checkpoint {path.name} was never finished (the run was stopped while saving): removed.")
-                shutil.rmtree(path)
+        """Removes what interrupted saves left behind, and names what it leaves."""
+        for path in files.unfinished(self.folder):
+            reason = files.remove(path)
+            done = "removed" if reason is None else f"left, as {reason}"
+            self._say(f"checkpoint {path.name} was never finished (the run was stopped while saving): {done}.")
+        for path in files.set_aside(self.folder):
+            self._say(f"{path} is a corrupt checkpoint set aside earlier; delete it when you do not need it.")
 
-    def restore_newest(self, abstract: TrainState, average: Any = None) -> Restored | None:
+    def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose every file is whole; None when there is none at all.
 
         A corrupt one is set aside as `<step>.corrupt` and the one before is taken.
 
-        Args:
-            abstract: shapes, dtypes (and shardings) to restore into.
-            average: NumPy arrays of the average's shapes, or None.
-
         Raises:
-            CheckpointError: there are checkpoints, but all are corrupt.
+            CheckpointError: there are checkpoints, but all are corrupt, or one cannot be read.
         """
-        found = sorted(self._finished(), key=_step_of, reverse=True)
-        for path in found:
-            reason = find_damage(path)
+        found = files.finished(self.folder)
+        for path in reversed(found):
+            reason = files.find_damage(path)
             if reason is None:
-                return self._load(path, abstract, average)
-            aside = path.with_name(path.name + ".corrupt")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+                return Checkpoint(path, int(path.name), files.read_host(path))
+            aside = files.aside(path)
+            try:
+                path.rename(aside)
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint {path} is corrupt ({reason}); it cannot be renamed: {error}."
+                ) from error
             self._say(
                 f"checkpoint {path.name} is corrupt ({reason}): set aside as {aside.name}, taking the one before."
             )
-        if found or any(self.folder.glob("*.corrupt")):
+        if found or files.set_aside(self.folder):
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is corrupt; bring one back from a copy, or start anew in another "
                 "run dir."
             )
         return None
 
-    def _load(self, path: Path, abstract: TrainState, average: Any) -> Restored:
-        host = json.loads((path / HOST).read_text())
-        wanted: dict[str, Any] = {
-            name: _with_sharding(tree) for name, tree in _without_empty(abstract._asdict()).items()
-        }
-        if average is not None:
-            wanted["average"] = average
-        loaded = ocp.load_checkpointables(str(path), wanted)
-        state = TrainState(**{name: loaded.get(name, {}) for name in TrainState._fields})
-        return Restored(_step_of(path), state, loaded.get("average"), host)
-
-    def _finished(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return [path for path in self.folder.iterdir() if path.name.isdigit() and (path / MANIFEST).exists()]
-
     def _finish(self, target: Path, response: Any, host: dict[str, Any]) -> None:
         response.result()
-        _write(target / HOST, json.dumps(host))
-        _write(target / MANIFEST, json.dumps(_inventory(target)))
-        for old in self.steps()[: -self._keep]:
-            _remove(self.folder / f"{old:012d}")
+        replace_file(target / HOST, json.dumps(host))
+        replace_file(target / MANIFEST, json.dumps(_inventory(target)))
+        for old in files.finished(self.folder)[: -self._keep]:
+            try:
+                reason = files.remove(old)
+            except CheckpointError as error:
+                reason = str(error)
+            if reason is not None:
+                self._say(f"checkpoint {old.name} is left beyond train.output.keep_checkpoints: {reason}.")
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
-        kept = self.steps()
-        good = f"the checkpoint of step {kept[-1]} is untouched" if kept else "no earlier checkpoint exists"
+        good = self.steps()
+        rest = f"the checkpoint of step {good[-1]} is untouched" if good else "no earlier checkpoint exists"
         return CheckpointError(
-            f"saving the checkpoint of step {step} in {self.folder} failed: {_first_line(error)}; {good}. "
-            f"{_free(self.folder)} Make room (or lower train.output.keep_checkpoints) and start the same command again."
+            f"saving the checkpoint of step {step} in {self.folder} failed: {_first_line(error)}; {rest}. "
+            f"{_free(self.folder)} Make room (or lower train.output.keep_checkpoints; or see to the right to "
+            "write there) and start the same command again."
         )
 
 
-def find_damage(path: Path) -> str | None:
-    """Why the checkpoint at `path` cannot be trusted, or None: every file is read and compared with the manifest."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"{MANIFEST} is unreadable"
-    if not isinstance(manifest, dict) or HOST not in manifest:
-        return f"{MANIFEST} is incomplete"
-    for name, recorded in manifest.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _fingerprint(path / name) != recorded:
-            return f"{name} is not as it was written"
-    return None
+def load(checkpoint: Checkpoint, abstract: TrainState, average: Any = None) -> tuple[TrainState, Any]:
+    """The state and the average in a checkpoint; no average when none is asked for.
+
+    Args:
+        abstract: shapes, dtypes (and shardings) to restore into.
+        average: NumPy arrays of the average's shapes, or None.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    wanted: dict[str, Any] = {name: _with_sharding(tree) for name, tree in _without_empty(abstract._asdict()).items()}
+    if average is not None:
+        wanted[AVERAGE] = average
+    loaded = _load(checkpoint.path, wanted)
+    return TrainState(**{name: loaded.get(name, {}) for name in TrainState._fields}), loaded.get(AVERAGE)
 
 
 def load_variables(
@@ -178,66 +174,66 @@ def load_variables(
     """The newest whole checkpoint of a run as (resolved configuration, variables), for serving and export.
 
     Returns NumPy arrays: `{"params", "router_state"}`; `use_average` takes the moving average of the parameters.
+    Writes nothing.
 
     Raises:
-        CheckpointError: `run_dir` holds no checkpoint, or none that is whole, or no average.
+        CheckpointError: `run_dir` holds no checkpoint, or none that is whole, or no average, or a tokenizer.json of
+            another run.
+        ConfigError: a newer version of dsv3_jax wrote it.
     """
-    folder = CheckpointFolder(run_dir / "checkpoints", keep=1, say=say)
-    for step in reversed(folder.steps()):
-        path = folder.folder / f"{step:012d}"
-        reason = find_damage(path)
+    for path in reversed(files.finished(run_dir / "checkpoints")):
+        reason = files.find_damage(path)
         if reason is not None:
             say(f"checkpoint {path.name} is corrupt ({reason}): taking the one before.")
             continue
-        name = "average" if use_average else "params"
-        if not (path / name).is_dir():
-            raise CheckpointError(f"checkpoint {path} has no {name}; it was trained with ema_decay=0.")
-        config = json.loads((path / HOST).read_text())["config"]
-        abstract = abstract_state(from_dict(config))
-        wanted = {
-            name: _empty(abstract.params, np.float32 if use_average else None),
-            "router_state": _empty(abstract.router_state),
-        }
-        loaded = ocp.load_checkpointables(str(path), _without_empty(wanted))
-        return config, {"params": loaded[name], "router_state": loaded.get("router_state", {})}
+        return _variables(path, run_dir, use_average)
     raise CheckpointError(f"{run_dir} holds no whole checkpoint; train with --run-dir {run_dir} first.")
+
+
+def _variables(path: Path, run_dir: Path, use_average: bool) -> tuple[dict, dict]:
+    name = AVERAGE if use_average else "params"
+    if not (path / name).is_dir():
+        raise CheckpointError(f"checkpoint {path} has no {name}; it was trained with ema_decay=0.")
+    host = files.read_host(path)
+    config = complete(host.get("config"), where=str(path / HOST))
+    _check_tokenizer(run_dir, host.get("digests"))
+    cfg: ModelConfig = from_dict(config["model"], ModelConfig)
+    dtype = get_policy(str(config["precision"])).param_dtype
+    variables = jax.eval_shape(lambda key: init(cfg, key, dtype), jax.random.key(0))
+    wanted = {
+        name: _empty(variables["params"], np.float32 if use_average else None),
+        "router_state": _empty(variables["router_state"]),
+    }
+    loaded = _load(path, _without_empty(wanted))
+    return config, {"params": loaded[name], "router_state": loaded.get("router_state", {})}
+
+
+def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return ocp.load_checkpointables(str(path), wanted)
+    except Exception as error:  # Orbax and tensorstore do not say what they raise
+        raise CheckpointError(
+            f"checkpoint {path} is whole but cannot be loaded ({_first_line(error)}): it holds other arrays than its "
+            f"configuration says, or another version of dsv3_jax or Orbax wrote it; use that version."
+        ) from error
+
+
+def _check_tokenizer(run_dir: Path, digests: Any) -> None:
+    tokenizer = run_dir / TOKENIZER_NAME
+    if isinstance(digests, Mapping) and tokenizer.is_file() and file_sha256(tokenizer) != digests.get("tokenizer"):
+        raise CheckpointError(
+            f"{tokenizer} is not the tokenizer that this run has learned with; copy it from the run's data folder "
+            f"({run_dir / 'data'}, or data.cache_dir)."
+        )
+
+
+def _inventory(path: Path) -> dict[str, list[int]]:
+    found = sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): files.fingerprint(file) for file in found}
 
 
 def _without_empty(items: dict[str, Any]) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
-
-
-def _inventory(path: Path) -> dict[str, list[int]]:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {str(file.relative_to(path)): _fingerprint(file) for file in files}
-
-
-def _fingerprint(file: Path) -> list[int]:
-    size, crc = 0, 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes all of `path` or nothing, and has it on the disk before returning."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
-
-
-def _remove(path: Path) -> None:
-    """Deletes a checkpoint, its manifest first: interrupted, it is an unfinished one."""
-    (path / MANIFEST).unlink()
-    shutil.rmtree(path)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name)
 
 
 def _with_sharding(tree: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.load import load_config
-from dsv3_jax.training.checkpoint import CheckpointFolder
+from dsv3_jax.training.checkpoint import CheckpointFolder, load
 from dsv3_jax.training.state import abstract_state
 from train import main
 
@@ -66,11 +66,11 @@ def final_arrays(run_dir: Path) -> dict[str, bytes]:
     """Every array of the last checkpoint, and the host's part of it."""
     abstract = abstract_state(load_config(MIDGET))
     average = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract.params)
-    restored = CheckpointFolder(run_dir / "checkpoints", keep=2).restore_newest(abstract, average)
-    assert restored is not None
-    leaves = jax.tree_util.tree_leaves_with_path((restored.state, restored.average))
-    found = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
-    return found | {"host": json.dumps([restored.host["tokens"], restored.host["data"]]).encode()}
+    found = CheckpointFolder(run_dir / "checkpoints", keep=2).newest()
+    assert found is not None
+    leaves = jax.tree_util.tree_leaves_with_path(load(found, abstract, average))
+    arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+    return arrays | {"host": json.dumps([found.host["tokens"], found.host["data"]]).encode()}
 
 
 def same_run(run_dir: Path, undisturbed: Path) -> None:
