@@ -35,7 +35,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
     for key in _places(flat, dialects, "partial_rotary_factor"):
         check(
             real(flat, key) == 1.0,
-            f"config.json: {key}={shown(flat[key])} cannot be represented: our rope turns all of qk_rope_head_dim; "
+            f"config.json: {key}={shown(flat[key])} cannot be represented: our rope rotates all of qk_rope_head_dim; "
             "only 1 is read.",
         )
     yarns = [_yarn(flat, name, tuple(found)) for name, found in dialects.items()]

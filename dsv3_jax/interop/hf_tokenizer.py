@@ -96,7 +96,7 @@ def _described(cfg: ModelConfig, file: Path, parsed: dict[str, Any], pad_id: int
     data = _read(file)
     inner = tokenizers.Tokenizer.from_buffer(data)
     bos = None if cfg.bos_id is None else inner.id_to_token(cfg.bos_id)
-    if bos is not None and inner.encode("").ids[:1] != [cfg.bos_id]:
+    if bos is not None and cfg.bos_id is not None and inner.encode("").ids[:1] != [cfg.bos_id]:
         processor = _adding_bos(file, parsed.get("post_processor"), bos, cfg.bos_id)
         data = json.dumps({**parsed, "post_processor": processor}, ensure_ascii=False, indent=2).encode()
     settings = {
