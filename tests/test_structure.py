@@ -16,6 +16,7 @@ ALLOWED = {
     "kernels/dsv3_kernels": [],
     "dsv3_jax/typing.py": [],
     "dsv3_jax/output.py": [],
+    "dsv3_jax/progress.py": [],
     "dsv3_jax/interrupt.py": ["dsv3_jax.output"],
     "dsv3_jax/config": ["dsv3_jax.typing"],
     "dsv3_jax/precision": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config"],
@@ -27,9 +28,15 @@ ALLOWED = {
         "dsv3_jax.parallel.axes",
     ],
     "dsv3_jax/parallel": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config"],
-    "dsv3_jax/data": ["dsv3_jax.typing", "dsv3_jax.interrupt", "dsv3_jax.config"],
+    "dsv3_jax/data": ["dsv3_jax.typing", "dsv3_jax.interrupt", "dsv3_jax.progress", "dsv3_jax.config"],
     # convert quantises with dsv3_kernels.quantize; export reads a run's checkpoint.
-    "dsv3_jax/interop": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config", "dsv3_jax.model.params"],
+    "dsv3_jax/interop": [
+        "dsv3_jax.typing",
+        "dsv3_jax.progress",
+        "dsv3_kernels",
+        "dsv3_jax.config",
+        "dsv3_jax.model.params",
+    ],
     # what goes along with the weights is checked by the loader of tokenizers.
     "dsv3_jax/interop/hf_tokenizer.py": [
         "dsv3_jax.typing",

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from rich.console import Console
-from rich.progress import Progress
 
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
@@ -29,8 +27,8 @@ from dsv3_jax.data import corpus, prepared, shards, split
 from dsv3_jax.data import tokenizer as tokenizer_module
 from dsv3_jax.data.prepared import FORMAT, MANIFEST_NAME, TOKENIZER_NAME, PreparedData, open_prepared
 from dsv3_jax.data.tokenizer import TextTokenizer
+from dsv3_jax.progress import progress
 
-_PROGRESS_AFTER_S = 10.0
 _CHUNK_CHARS = 2**20
 _DECODED_DOCUMENTS = 64
 
@@ -145,7 +143,7 @@ def _write_shards(
 ) -> dict[str, dict[str, int]]:
     dtype = "uint16" if tokenizer.num_tokens <= 2**16 else "uint32"
     counts = {}
-    with _progress(num_bytes) as advance:
+    with progress("tokenising", num_bytes) as advance:
         for side, name in enumerate(("train", "heldout")):
             counts[name] = {"documents": 0, "tokens": 0, "bytes": 0}
             texts = _texts(cfg, listing, rule, side)
@@ -273,22 +271,6 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder.parent / f".{folder.name}.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar over the bytes to tokenise, shown only when it takes longer than ten seconds."""
-    started = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        bar = Progress(console=Console(stderr=True), transient=True)
-        task = bar.add_task("tokenising", total=num_bytes)
-
-        def advance(size: int) -> None:
-            if not bar.live.is_started and time.monotonic() - started > _PROGRESS_AFTER_S:
-                stack.enter_context(bar)
-            bar.update(task, advance=size)
-
-        yield advance
 
 
 def _to_stderr(line: str) -> None:

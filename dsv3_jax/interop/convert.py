@@ -28,13 +28,12 @@ def to_official(ours: np.ndarray, input_axes: int) -> np.ndarray:
     return official
 
 
-def put_official(place: np.ndarray, official: np.ndarray, input_axes: int) -> None:
-    """Writes an official [out, in] into ours [in .., out ..], in place; the inverse of `to_official`."""
+def official_view(ours: np.ndarray, input_axes: int) -> np.ndarray:
+    """Ours [in .., out ..] seen as the official [out, in]: writing to it fills ours."""
     if input_axes == 0:
-        place[...] = official
-        return
-    num_out, num_in = official.shape
-    _put_transposed(place.reshape(num_in, num_out, copy=False), official)
+        return ours
+    num_out, num_in = official_shape(ours.shape, input_axes)
+    return ours.reshape(num_in, num_out, copy=False).T
 
 
 def _put_transposed(target: np.ndarray, source: np.ndarray) -> None:

@@ -21,8 +21,9 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-"""The stored types that are read; all but F16 are also written."""
+"""The stored types that are read; all but F16 and F8_E8M0 are also written."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
@@ -47,23 +48,34 @@ class StoredTensor(NamedTuple):
     start: int
     stop: int
 
-    def read(self) -> np.ndarray:
-        """Reads this tensor alone.
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Reads this tensor alone, or its rows `start` to `stop` alone.
 
-        Raises: `CheckpointError` for a type outside `DTYPES`, or when the file has shrunk.
+        Raises: `CheckpointError` for a type outside `DTYPES`, or when the file has shrunk or cannot be read.
         """
         if self.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.file}: tensor {self.name!r} has dtype {self.dtype}, which is not read; "
                 f"convert it to one of {', '.join(DTYPES)}."
             )
-        count = self.stop - self.start
-        raw = np.fromfile(self.file, np.uint8, count, offset=self.start)
-        if raw.size != count:
+        shape, offset, count = self.shape, self.start, self.stop - self.start
+        if stop is not None:
+            row_bytes = count // max(1, shape[0])
+            shape, offset, count = (stop - start, *shape[1:]), offset + start * row_bytes, (stop - start) * row_bytes
+        raw = np.empty(count, np.uint8)
+        with open_file(self.file) as stream:
+            try:
+                stream.seek(offset)
+                done = stream.readinto(raw.data)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.file}: tensor {self.name!r} cannot be read ({error.strerror}); fetch the file again."
+                ) from error
+        if done != count:
             raise CheckpointError(
-                f"{self.file}: ends inside tensor {self.name!r} ({raw.size} of {count} bytes); fetch the file again."
+                f"{self.file}: ends inside tensor {self.name!r} ({done} of {count} bytes); fetch the file again."
             )
-        return raw.view(DTYPES[self.dtype]).reshape(self.shape)
+        return raw.view(DTYPES[self.dtype]).reshape(shape)
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.interop.convert import official_shape, put_official, to_official
+from dsv3_jax.interop.convert import official_shape, official_view, to_official
 from dsv3_jax.interop.hf_names import SCALE_SUFFIX, TABLE, entries, flatten, official_tensors, unflatten
 from dsv3_jax.model.params import abstract_params
 from tests.small import make_config
@@ -93,7 +93,7 @@ def test_every_number_goes_out_and_comes_back_to_its_place():
         official = to_official(ours[entry.path][entry.index], entry.input_axes)
         assert official.shape == entry.shape
         index = entry.index or (...,)
-        put_official(back[entry.path][index], official, entry.input_axes)
+        official_view(back[entry.path][index], entry.input_axes)[...] = official
     for path, leaf in ours.items():
         np.testing.assert_array_equal(back[path], leaf)
 

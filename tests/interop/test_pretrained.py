@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ import dsv3_jax as ds
 from dsv3_jax.config.check import ConfigError, UserError
 from dsv3_jax.interop.convert import to_official
 from dsv3_jax.interop.hf_names import SCALE_SUFFIX, entries, flatten
-from dsv3_jax.interop.safetensors_io import INDEX, SINGLE, CheckpointError, read_folder, write_file
+from dsv3_jax.interop.safetensors_io import INDEX, SINGLE, CheckpointError, read_folder
 from dsv3_jax.typing import Variables
 
 TINY = ("tiny_a", "tiny_b", "tiny_c", "tiny_d")
@@ -32,7 +33,7 @@ def rewrite(folder: Path, change) -> None:
     change(tensors)
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    write_file(folder / SINGLE, [(n, t.shape, t.dtype.name) for n, t in tensors.items()], tensors.items(), {})
+    safetensors.numpy.save_file(tensors, folder / SINGLE)
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -98,20 +99,6 @@ def test_transformers_5_config_reads_the_same_weights(copy_of_golden, golden, na
     assert_same_bits(variables, same)
 
 
-def test_mtp_tensors_that_transformers_drops(copy_of_golden, golden, without_mtp, assert_same_bits):
-    folder = copy_of_golden("tiny_c")
-
-    def drop(tensors):
-        for name in [name for name in tensors if name.startswith("model.layers.2.")]:
-            del tensors[name]
-
-    rewrite(folder, drop)
-    cfg, variables = ds.load_pretrained(folder)
-    expected_cfg, expected = without_mtp(*ds.load_pretrained(golden / "hf" / "tiny_c"))
-    assert cfg == expected_cfg
-    assert_same_bits(variables, expected)
-
-
 def test_mtp_copies_may_be_left_out(copy_of_golden, golden, assert_same_bits):
     folder = copy_of_golden("tiny_c")
 
@@ -122,17 +109,72 @@ def test_mtp_copies_may_be_left_out(copy_of_golden, golden, assert_same_bits):
     assert_same_bits(ds.load_pretrained(folder)[1], ds.load_pretrained(golden / "hf" / "tiny_c")[1])
 
 
-@pytest.mark.parametrize("name", ["embed_tokens.weight", "shared_head.head.weight"])
-def test_mtp_with_its_own_embedding_is_refused(copy_of_golden, name):
+M = "model.layers.2."
+"""The MTP module of tiny_c."""
+
+
+def make_stale(name: str, original: str):
+    """As a fine-tuning that leaves the MTP module's copy behind."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        assert np.array_equal(tensors[name].view(np.uint8), tensors[original].view(np.uint8))
+        tensors[name][5, 7] += np.asarray(1, tensors[name].dtype)
+
+    return change
+
+
+def bad_scale(value: float):
+    return lambda t: t.update({M + "mlp.experts.3.down_proj.weight_scale_inv": np.full((2, 1), value, np.float32)})
+
+
+WITHOUT_MTP = {
+    "not announced": (lambda t: None, 0, r"\d+ tensors of MTP modules, as num_nextn_predict_layers is 0"),
+    "absent, as transformers saves": (
+        lambda t: [t.pop(name) for name in list(t) if name.startswith(M)],
+        1,
+        rf"'{M}enorm.weight' .* is missing",
+    ),
+    "partly absent": (lambda t: t.pop(M + "eh_proj.weight"), 1, rf"'{M}eh_proj.weight' .* is missing"),
+    "stale embedding": (
+        make_stale(M + "embed_tokens.weight", "model.embed_tokens.weight"),
+        1,
+        rf"'{M}embed_tokens.weight' differs from the main model's 'model.embed_tokens.weight'",
+    ),
+    "stale head": (make_stale(M + "shared_head.head.weight", "lm_head.weight"), 1, r"shared_head.head.weight' differs"),
+    "misshapen": (lambda t: t.update({M + "enorm.weight": np.ones(3, np.float32)}), 1, "enorm.weight' has shape"),
+    "of a type that is not read": (lambda t: t.update({M + "enorm.weight": np.ones(64, np.int32)}), 1, "dtype I32"),
+    "with parts of another kind": (lambda t: t.update({M + "x": np.ones(3, np.float32)}), 1, f"'{M}x' .* no place"),
+    "damaged scale": (bad_scale(np.nan), 1, "not a positive number"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_MTP)
+def test_main_model_loads_without_its_mtp_modules(copy_of_golden, golden, without_mtp, assert_same_bits, name):
+    change, announced, message = WITHOUT_MTP[name]
     folder = copy_of_golden("tiny_c")
-    key = f"model.layers.2.{name}"
-
-    def change(tensors):
-        tensors[key][5, 7] += np.asarray(1, tensors[key].dtype)
-
+    edit_config(folder, num_nextn_predict_layers=announced)
     rewrite(folder, change)
-    with pytest.raises(CheckpointError, match=f"'{key}' differs from the main model's.*cannot be represented"):
-        ds.load_pretrained(folder)
+    lines: list[str] = []
+    cfg, variables = ds.load_pretrained(folder, say=lines.append)
+    expected_cfg, expected = without_mtp(*ds.load_pretrained(golden / "hf" / "tiny_c"))
+    assert cfg == expected_cfg
+    assert_same_bits(variables, expected)
+    (line,) = lines
+    assert re.search(rf"{folder}: loaded with mtp_depth=0, without .*{message}", line)
+
+
+def test_modules_beyond_those_announced_are_left_out(copy_of_golden, golden, assert_same_bits, capsys):
+    """By default the line goes to stderr; a clean load prints nothing."""
+    expected = ds.load_pretrained(golden / "hf" / "tiny_c")
+    assert capsys.readouterr() == ("", "")
+    folder = copy_of_golden("tiny_c")
+    rewrite(folder, lambda t: t.update({n.replace(M, "model.layers.3."): x for n, x in list(t.items()) if M in n}))
+    cfg, variables = ds.load_pretrained(folder)
+    assert cfg == expected[0]
+    assert_same_bits(variables, expected[1])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r".*mtp_depth=1, without \d+ tensors of MTP modules beyond num_nextn_predict_layers=1\n", err)
 
 
 def test_ignorable_tensors_are_ignored(copy_of_golden):
@@ -150,13 +192,20 @@ def test_float16_is_read(copy_of_golden, golden):
         np.testing.assert_array_equal(ours[key], tensor.astype(np.float32))
 
 
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 GATE = "model.layers.1.mlp.gate.weight"
 DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
 BROKEN_A = {
     "missing tensor": (lambda t: t.pop(GATE), rf"'{GATE}' of shape \(8, 64\) is missing"),
-    "missing bias": (lambda t: t.pop("model.layers.2.mlp.gate.e_score_correction_bias"), r"bias' .* is missing"),
+    "missing bias": (lambda t: t.pop(BIAS), r"bias' .* is missing"),
     "wrong shape": (lambda t: t.update({DOWN: t[DOWN].T.copy()}), rf"'{DOWN}' has shape \(32, 64\).*\(64, 32\)"),
-    "extra tensor": (lambda t: t.update({"model.layers.9.x": t[GATE]}), r"'model.layers.9.x' \(one of 1 such\)"),
+    "extra tensor": (
+        lambda t: t.update({"model.layers.9.x": t[GATE]}),
+        r"'model.layers.9.x' \(one of 1 such\).*beyond num_hidden",
+    ),
+    "NaN in a router bias": (lambda t: t[BIAS].fill(np.nan), rf"router bias '{BIAS}' holds a NaN or infinity"),
+    "infinite router bias": (lambda t: t[BIAS].fill(np.inf), rf"router bias '{BIAS}' holds a NaN or infinity"),
+    "float64": (lambda t: t.update({GATE: t[GATE].astype(np.float64)}), rf"'{GATE}' has dtype F64.*one of F32, BF16"),
     "extra bias": (lambda t: t.update({"model.layers.0.self_attn.q_a_proj.bias": t[GATE]}), r"q_a_proj.bias'"),
     "scale without FP8": (lambda t: t.update({DOWN + SCALE_SUFFIX: t[GATE]}), r"weight_scale_inv' \(one of 1"),
 }
@@ -172,7 +221,30 @@ def test_weights_that_do_not_fit_the_config(copy_of_golden, name):
     assert str(folder) in str(caught.value)
 
 
+def with_scale(value: float):
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[DOWN + SCALE_SUFFIX][1, 0] = value
+
+    return change
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+E4M3 = ml_dtypes.float8_e4m3fn
 BROKEN_C = {
+    **{
+        f"scale {value}": (with_scale(value), rf"scale '{DOWN}_scale_inv' holds a value that is not a positive number")
+        for value in (np.nan, np.inf, -1.0, 0.0)
+    },
+    "integer scale": (
+        lambda t: t.update({DOWN + SCALE_SUFFIX: np.ones((2, 1), np.int32)}),
+        rf"'{DOWN}_scale_inv' has dtype I32, which is not read here; convert it to one of F32, BF16, F16, F8_E8M0",
+    ),
+    "vector": (
+        lambda t: t.update({NORM: t[NORM].astype(E4M3), NORM + SCALE_SUFFIX: np.ones(1, np.float32)}),
+        rf"'{NORM}' of shape \(\d+,\) is F8_E4M3, but only matrices",
+    ),
+    "three dimensions": (lambda t: t.update({DOWN: t[DOWN][None]}), rf"'{DOWN}' of shape \(1, .* only matrices"),
+    "another FP8": (lambda t: t.update({DOWN: t[DOWN].astype(ml_dtypes.float8_e5m2)}), rf"'{DOWN}' has dtype F8_E5M2"),
     "missing scale": (lambda t: t.pop(DOWN + SCALE_SUFFIX), rf"scale '{DOWN}_scale_inv'.*missing from all shards"),
     "scale of another block": (
         lambda t: t.update({DOWN + SCALE_SUFFIX: np.ones((4, 1), np.float32)}),
@@ -188,6 +260,22 @@ def test_fp8_without_its_scales(copy_of_golden, name):
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match=message):
         ds.load_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16, np.float16])
+def test_scales_of_fewer_bits_are_read(copy_of_golden, assert_same_bits, kind):
+    """Powers of two, which every type holds: E8M0 as DeepSeek-V3.1 writes them."""
+    folder = copy_of_golden("tiny_c")
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in tensors:
+            if name.endswith(SCALE_SUFFIX):
+                tensors[name] = np.exp2(np.round(np.log2(tensors[name]))).astype(np.float32)
+
+    rewrite(folder, change)
+    expected = ds.load_pretrained(folder)[1]
+    rewrite(folder, lambda t: t.update({n: x.astype(kind) for n, x in t.items() if n.endswith(SCALE_SUFFIX)}))
+    assert_same_bits(ds.load_pretrained(folder)[1], expected)
 
 
 def test_block_size_comes_from_the_config_alone(copy_of_golden):

@@ -307,5 +307,6 @@ def test_index_and_shards_must_agree(tmp_path, name):
 
 
 def test_every_readable_dtype_has_the_size_of_its_name():
-    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
+    sizes = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1}
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == sizes
     assert DTYPES["F8_E4M3"] == np.dtype(ml_dtypes.float8_e4m3fn)

@@ -1,0 +1,202 @@
+"""The way of official tensors into our stacks: read, converted and transposed in chunks, on every core.
+
+A chunk of rows goes from the file into a buffer that stays in the processor's cache, and from there to its place, so
+the only memory touched beside the model is a few buffers. The buffer's rows are a cache line longer than the tensor's:
+rows whose length is a power of two would fall on one another in the cache, which makes transposing three times slower.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from dsv3_jax.interop.convert import official_view
+from dsv3_jax.interop.json_file import CheckpointError, open_file
+from dsv3_jax.interop.match import Found
+from dsv3_jax.interop.safetensors_io import DTYPES
+from dsv3_kernels.quantize import QTensor, dequantize_tiles
+
+_CHUNK_BYTES, _MIN_ROWS, _MAX_ROWS = 2**21, 64, 128
+_BATCH_BYTES = 2**24
+_CACHE_LINE = 64
+
+
+def fill(
+    arrays: dict[str, np.ndarray],
+    found: list[Found],
+    block: tuple[int, int] | None,
+    *,
+    advance: Callable[[int], None],
+) -> None:
+    """Brings every tensor of `found` to its place in `arrays`; `advance` is told the bytes read.
+
+    Raises: `CheckpointError` when a file has shrunk or cannot be read.
+    """
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    buffers: SimpleQueue[_Buffers] = SimpleQueue()
+    for _ in range(workers):
+        buffers.put(_Buffers(_Buffer(), _Buffer()))
+    for file, items in itertools.groupby(sorted(found, key=_place_on_disk), key=lambda item: item.tensor.file):
+        with open_file(file) as stream, _threads(workers) as pool:
+
+            def work(batch: list[_Part], stream: BinaryIO = stream) -> int:
+                own = buffers.get()
+                try:
+                    for part in batch:
+                        _fill_part(arrays, part, block, stream, own)
+                finally:
+                    buffers.put(own)
+                return sum(part.num_bytes for part in batch)
+
+            for num_bytes in pool.map(work, _batches(items, block)):
+                advance(num_bytes)
+
+
+@contextlib.contextmanager
+def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose waiting work is dropped when the first error, or a signal, ends the block."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Part(NamedTuple):
+    """Rows `start` to `stop` of a tensor."""
+
+    item: Found
+    start: int
+    stop: int
+    num_bytes: int
+
+
+class _Buffer:
+    """Memory for one chunk, and the views of its rows that a scattered read needs."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+        self._row_bytes = 0
+        self._rows: list[memoryview] = []
+
+    def rows(self, count: int, row_bytes: int) -> tuple[np.ndarray, list[memoryview]]:
+        """([count, row_bytes], its rows); what it held before is lost."""
+        if row_bytes != self._row_bytes or count > len(self._rows):
+            pitch = -(-row_bytes // _CACHE_LINE) * _CACHE_LINE + _CACHE_LINE
+            self._memory = aligned_empty((count, pitch), np.dtype(np.uint8))
+            self._row_bytes = row_bytes
+            self._rows = [memoryview(row)[:row_bytes] for row in self._memory]
+        return self._memory[:count, :row_bytes], self._rows[:count]
+
+
+class _Buffers(NamedTuple):
+    """One thread's: a chunk as it is stored, and converted."""
+
+    raw: _Buffer
+    converted: _Buffer
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array at a multiple of 64 bytes, which JAX takes over on a CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _CACHE_LINE, np.uint8)
+    offset = -raw.ctypes.data % _CACHE_LINE
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _place_on_disk(item: Found) -> tuple[Path, int]:
+    return item.tensor.file, item.tensor.start
+
+
+def _batches(items: Iterator[Found], block: tuple[int, int] | None) -> Iterator[list[_Part]]:
+    """Parts of tensors, together large enough for a thread to be worth its switch, small enough to share the work."""
+    batch: list[_Part] = []
+    filled = 0
+    for item in items:
+        rows, row_bytes = _rows(item), _row_bytes(item)
+        step = _whole_blocks(item, max(1, _BATCH_BYTES // max(1, row_bytes)), block)
+        for start in range(0, rows, step):
+            part = _Part(item, start, min(start + step, rows), (min(start + step, rows) - start) * row_bytes)
+            batch.append(part)
+            filled += part.num_bytes
+            if filled >= _BATCH_BYTES:
+                yield batch
+                batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+def _fill_part(
+    arrays: dict[str, np.ndarray], part: _Part, block: tuple[int, int] | None, stream: BinaryIO, buffers: _Buffers
+) -> None:
+    item, row_bytes = part.item, _row_bytes(part.item)
+    entry, tensor = item.entry, item.tensor
+    target = official_view(arrays[entry.path][entry.index], entry.input_axes)
+    target = target if target.ndim > 1 else target[None]
+    step = min(_MAX_ROWS, max(_MIN_ROWS, _CHUNK_BYTES // max(1, row_bytes) // 16 * 16))
+    step = _whole_blocks(item, step, block)
+    for start in range(part.start, part.stop, step):
+        stop = min(start + step, part.stop)
+        raw, rows = buffers.raw.rows(stop - start, row_bytes)
+        _read(stream, item, rows, tensor.start + start * row_bytes)
+        chunk = raw.view(DTYPES[tensor.dtype])
+        if item.scale is not None and block is not None:
+            scales = item.scale.read(start // block[0], -(-stop // block[0]))
+            chunk = np.asarray(dequantize_tiles(QTensor(chunk, scales), tile=block))
+        if item.scale is not None or chunk.dtype != target.dtype:
+            chunk = _convert(chunk, target.dtype, buffers.converted)
+        bits = np.dtype(f"u{target.dtype.itemsize}")  # NumPy moves them faster than bfloat16, which it does not know
+        target[start:stop].view(bits)[...] = chunk.view(bits)
+
+
+def _read(stream: BinaryIO, item: Found, rows: list[memoryview], offset: int) -> None:
+    tensor = item.tensor
+    for first in range(0, len(rows), _MAX_ROWS):
+        some = rows[first : first + _MAX_ROWS]
+        size = sum(row.nbytes for row in some)
+        try:
+            done = os.preadv(stream.fileno(), some, offset)
+        except OSError as error:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r} cannot be read ({error.strerror}); fetch the file again."
+            ) from error
+        if done != size:
+            raise CheckpointError(
+                f"{tensor.file}: ends inside tensor {tensor.name!r} ({offset - tensor.start + done} of "
+                f"{tensor.stop - tensor.start} bytes); fetch the file again."
+            )
+        offset += size
+
+
+def _convert(chunk: np.ndarray, dtype: np.dtype, buffer: _Buffer) -> np.ndarray:
+    """The chunk in `dtype`, in `buffer`."""
+    rows, columns = chunk.shape
+    converted = buffer.rows(rows, columns * dtype.itemsize)[0].view(dtype)
+    if chunk.dtype == DTYPES["BF16"] and dtype == np.float32:
+        words = converted.view(np.uint32)
+        words[...] = chunk.view(np.uint16)
+        np.left_shift(words, 16, out=words)
+    else:
+        converted[...] = chunk
+    return converted
+
+
+def _rows(item: Found) -> int:
+    shape = item.tensor.shape
+    return shape[0] if len(shape) > 1 else 1
+
+
+def _row_bytes(item: Found) -> int:
+    shape = item.tensor.shape
+    return shape[-1] * DTYPES[item.tensor.dtype].itemsize
+
+
+def _whole_blocks(item: Found, rows: int, block: tuple[int, int] | None) -> int:
+    return rows if item.scale is None or block is None else -(-rows // block[0]) * block[0]
