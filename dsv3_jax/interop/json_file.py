@@ -2,8 +2,9 @@
 
 import json
 import os
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dsv3_jax.config.check import UserError
 
@@ -37,7 +38,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return parse_json(data, name=f"{file}:")
 
 
-def open_file(file: Path) -> BinaryIO:
+def open_file(file: Path) -> BufferedReader:
     """Opens a plain file for reading.
 
     Raises: `CheckpointError` when it is missing or cannot be opened, or is something else: a folder, or a pipe, whose

@@ -66,7 +66,7 @@ class StoredTensor(NamedTuple):
         with open_file(self.file) as stream:
             try:
                 stream.seek(offset)
-                done = stream.readinto(raw.data)
+                done = stream.readinto(raw)
             except OSError as error:
                 raise CheckpointError(
                     f"{self.file}: tensor {self.name!r} cannot be read ({error.strerror}); fetch the file again."
@@ -222,7 +222,8 @@ def _stored(file: Path, name: str, value: Any, begin: int) -> StoredTensor:
     """One entry of a header, checked on its own."""
     given = value if isinstance(value, dict) else {}
     dtype, shape, offsets = given.get("dtype"), given.get("shape"), given.get("data_offsets")
-    if not (isinstance(dtype, str) and _are_whole(shape) and _are_whole(offsets) and len(offsets) == 2):
+    is_whole = isinstance(dtype, str) and _are_whole(shape) and _are_whole(offsets)
+    if not is_whole or shape is None or offsets is None or len(offsets) != 2:
         raise CheckpointError(
             f"{file}: tensor {shorten(name)!r} is described by {shorten(repr(value))}, but needs a dtype, a shape of "
             "whole numbers and two data_offsets; the file is damaged, fetch it again."
