@@ -5,7 +5,8 @@
 
 A seed chooses the first weights and the order of the data. Each arm is a run in OUT/seedN/ARM with checkpoints: the
 same command continues it. At the end: a table, and OUT/loss_error.png, of each arm's loss against that of bf16 from the
-same seeds. Arms and seeds trained by earlier commands into OUT are compared as well.
+same seeds. Arms and seeds trained by earlier commands into OUT are compared as well if they have the same
+configuration, code and data (OUT/seedN/ARM/made_by.json); others are refused or left out, by name.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from dsv3_jax.bench.machine import describe
-from dsv3_jax.bench.precision_errors import BASE, read_losses, summary, table
+from dsv3_jax.bench.made_by import describe_source, read_data, record, why_not
+from dsv3_jax.bench.precision_errors import BASE, read_losses, seeds_in, summary, table
 from dsv3_jax.bench.precision_plot import plot
 from dsv3_jax.bench.timing import Stopwatch
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
-from dsv3_jax.config.load import load_config
+from dsv3_jax.config.load import load_config, to_dict
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.interrupt import Stopped, StopRequest, leave
@@ -40,6 +42,9 @@ from dsv3_jax.training.metrics import Progress, Speed, metrics_row
 from dsv3_jax.training.schedules import num_micro_batches, rates_at
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import batch_loss, make_step
+
+TRACES = (METRICS, "checkpoints")
+"""What lies in a folder that something was trained into."""
 
 
 class Arm(NamedTuple):
@@ -77,10 +82,17 @@ def config_of(cfg: RunConfig, arm: Arm, *, seed: int, steps: int, data_dir: Path
     return dataclasses.replace(cfg, seed=seed, precision=arm.precision, train=train, data=data)
 
 
-def train_arm(cfg: RunConfig, arm: Arm, run_dir: Path, *, steps: int, say: Callable[[str], None]) -> bool:
+def source_of(cfg: RunConfig, name: str) -> dict[str, Any]:
+    """What decides the losses of arm `name` with its configuration `cfg`; its data aside."""
+    return describe_source(to_dict(cfg), arm=name, policy=ARMS[name].policy.name, jitter=ARMS[name].jitter)
+
+
+def train_arm(cfg: RunConfig, name: str, run_dir: Path, *, steps: int, say: Callable[[str], None]) -> bool:
     """Trains one arm to its last step, or until SIGTERM or Ctrl-C; returns whether it got there."""
+    arm = ARMS[name]
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         run = stop.run(stack.enter_context, open_run(cfg, run_dir, say=say))
+        record(run_dir, source_of(cfg, name), run.data.digest())
         step = make_step(cfg, partial(batch_loss, policy=arm.policy))
         if arm.jitter and run.progress.step == 0:
             run.state = jittered(run.state, arm.jitter)
@@ -104,6 +116,29 @@ def train_arm(cfg: RunConfig, arm: Arm, run_dir: Path, *, steps: int, say: Calla
         finally:
             log.close()
         return run.progress.step >= steps
+
+
+def comparable(out: Path, made: Callable[..., RunConfig], say: Callable[[str], None]) -> dict[str, dict[int, Path]]:
+    """The runs in `out` by arm and seed that this command would have made, on the same data; names the others.
+
+    Args:
+        made: the configuration of an arm and seed.
+    """
+    runs: dict[str, dict[int, Path]] = {name: {} for name in ARMS}
+    data: dict[str, Any] = {}
+    for seed, folder in seeds_in(out):
+        for name, arm in ARMS.items():
+            run_dir = folder / name
+            if not (run_dir / METRICS).exists():
+                continue
+            reason = why_not(run_dir, source_of(made(arm, seed=seed), name), TRACES)
+            if reason is None and data.setdefault("first", read_data(run_dir)) != read_data(run_dir):
+                reason = "it has learned from other data"
+            if reason is not None:
+                say(f"{run_dir} is left out: {reason}.")
+                continue
+            runs[name][seed] = run_dir
+    return runs
 
 
 def jittered(state: TrainState, size: float) -> TrainState:
@@ -147,25 +182,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check(given.steps > 0, f"--steps {given.steps} must be at least 1.")
         cfg = load_config(given.config, given.set)
+        made = partial(config_of, cfg, steps=given.steps, data_dir=given.out.absolute() / "data")
         for seed in given.seeds:
             for name in given.arms:
-                run_dir = given.out / f"seed{seed}" / name
+                run_dir, arm_cfg = given.out / f"seed{seed}" / name, made(ARMS[name], seed=seed)
+                reason = why_not(run_dir, source_of(arm_cfg, name), TRACES)
+                check(
+                    reason is None,
+                    f"{run_dir} was made by another command ({reason}); use another --out, or delete it to train it "
+                    "again.",
+                )
                 if len(read_rows(run_dir / METRICS)) >= given.steps:
                     continue
-                arm = ARMS[name]
-                arm_cfg = config_of(cfg, arm, seed=seed, steps=given.steps, data_dir=given.out.absolute() / "data")
                 run_dir.mkdir(parents=True, exist_ok=True)
-                (run_dir / "machine.json").write_text(json.dumps(describe(arm.policy.compute_dtype)))
-                if not train_arm(arm_cfg, arm, run_dir, steps=given.steps, say=say):
+                (run_dir / "machine.json").write_text(json.dumps(describe(ARMS[name].policy.compute_dtype)))
+                if not train_arm(arm_cfg, name, run_dir, steps=given.steps, say=say):
                     say(f"{run_dir}: stopped and saved; the same command continues.")
                     return 0
+        runs = comparable(given.out, made, say)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         say(str(stopped))
         return stopped.exit_code
-    found = read_losses(given.out, list(ARMS), steps=given.steps)
+    found = read_losses(runs, steps=given.steps)
     if not found.get(BASE):
         say(f"nothing to compare with yet: {BASE} must be trained to step {given.steps}.")
         return 0

@@ -6,6 +6,7 @@ it, and is judged at each of the last `LAST` steps. Seeds are averaged because t
 that start a millionth apart differ, for some hundred steps, by as much as is to be measured.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,21 @@ Losses = Mapping[str, Mapping[int, np.ndarray]]
 """The main model's loss of every step, by arm and seed."""
 
 
-def read_losses(out: Path, arms: Sequence[str], *, steps: int) -> dict[str, dict[int, np.ndarray]]:
-    """What was trained into OUT/seedN/ARM and reached step `steps`; the rest is left out."""
-    found: dict[str, dict[int, np.ndarray]] = {name: {} for name in arms}
-    for folder in sorted(out.glob("seed*"), key=lambda folder: int(folder.name.removeprefix("seed"))):
-        for name in arms:
-            by_step = {row["step"]: row.get("main_loss") for row in read_rows(folder / name / METRICS)}
+def seeds_in(out: Path) -> list[tuple[int, Path]]:
+    """The folders OUT/seedN by N."""
+    found = [(re.fullmatch("seed([0-9]+)", folder.name), folder) for folder in out.glob("seed*")]
+    return sorted((int(match[1]), folder) for match, folder in found if match)
+
+
+def read_losses(runs: Mapping[str, Mapping[int, Path]], *, steps: int) -> dict[str, dict[int, np.ndarray]]:
+    """The losses of runs, by arm and seed, that reached step `steps`; the rest is left out."""
+    found: dict[str, dict[int, np.ndarray]] = {name: {} for name in runs}
+    for name, by_seed in runs.items():
+        for seed, run_dir in by_seed.items():
+            by_step = {row["step"]: row.get("main_loss") for row in read_rows(run_dir / METRICS)}
             loss = [by_step.get(step) for step in range(1, steps + 1)]
             if all(isinstance(value, float) for value in loss):
-                found[name][int(folder.name.removeprefix("seed"))] = np.array(loss)
+                found[name][seed] = np.array(loss)
     return {name: by_seed for name, by_seed in found.items() if by_seed}
 
 

@@ -12,13 +12,13 @@ def add_config_arguments(
         config: "config" for a positional argument, "--config" for an option.
         default: the file taken when none is given; None: one must be given.
     """
-    if config.startswith("-"):
-        absent = {"required": default is None}
-    else:
-        absent = {"nargs": None if default is None else "?"}
     note = "" if default is None else f" (default {default})"
     help_text = f"a file of configs/, or your own like it{note}"
-    parser.add_argument(config, metavar="FILE", default=default, help=help_text, **absent)
+    if config.startswith("-"):
+        parser.add_argument(config, metavar="FILE", default=default, help=help_text, required=default is None)
+    else:
+        nargs = None if default is None else "?"
+        parser.add_argument(config, metavar="FILE", default=default, help=help_text, nargs=nargs)
     parser.add_argument(
         "--set",
         action="extend",
