@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsv3_jax.config.check import check
+from dsv3_jax.config.check import ConfigError, check
 from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig
 from dsv3_jax.interop.fields import agreed, as_whole, flag, group, real, shown, token_ids, whole, word
 from dsv3_jax.interop.hf_names import FP8_BLOCK
@@ -35,50 +35,12 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     Raises: `ConfigError` with key, value and reason for what `ModelConfig` cannot represent, for a value that is not
         of its key's type, and for two keys that contradict each other.
     """
-    is_v3 = _architecture(config) == V3
-    for key, (value, reason) in _FIXED.items():
-        found = _READERS[type(value)](config, key, value)
-        check(
-            found == value,
-            f"config.json: {key}={shown(found)} cannot be represented: {reason}; only {value!r} is read.",
-        )
-    num_heads = whole(config, "num_attention_heads")
-    num_kv_heads = whole(config, "num_key_value_heads", num_heads)
-    check(
-        num_kv_heads == num_heads,
-        f"config.json: num_key_value_heads={num_kv_heads} differs from num_attention_heads={num_heads}; "
-        "latent attention has one key and value for each head.",
-    )
-    num_layers, num_dense_layers = whole(config, "num_hidden_layers"), whole(config, "first_k_dense_replace")
-    mtp_depth = whole(config, "num_nextn_predict_layers", 0)
-    check(
-        mtp_depth == 0 or num_dense_layers <= num_layers,
-        f"config.json: first_k_dense_replace={num_dense_layers} makes the MTP module after {num_layers} layers dense, "
-        "but ours have experts; set num_nextn_predict_layers to 0 to read the main model.",
-    )
-    vocab_size = whole(config, "vocab_size")
-    eos_ids = token_ids(config, "eos_token_id", vocab_size=vocab_size)
-    check(
-        "eos_token_id" in config, "config.json: 'eos_token_id' is missing; set it, to null where nothing ends a text."
-    )
-    theta, yarn = read_rope(config)
-    return ModelConfig(
-        vocab_size=vocab_size,
-        model_dim=whole(config, "hidden_size"),
-        num_layers=num_layers,
-        num_dense_layers=min(num_dense_layers, num_layers),
-        ffn_dim=whole(config, "intermediate_size"),
-        mla=_mla(config, num_heads),
-        moe=_moe_v3(config) if is_v3 else _moe_v2(config),
-        mtp_depth=mtp_depth,
-        max_position=whole(config, "max_position_embeddings"),
-        rope_theta=theta,
-        yarn=yarn,
-        norm_eps=real(config, "rms_norm_eps", 1e-6),
-        init_std=real(config, "initializer_range", 0.02),
-        bos_id=None if config.get("bos_token_id") is None else whole(config, "bos_token_id"),
-        eos_id=eos_ids[0] if eos_ids else None,
-    )
+    try:
+        return _model(config)
+    except ConfigError as error:
+        if str(error).startswith("config.json"):
+            raise
+        raise ConfigError(f"config.json describes a model that cannot be: {error}") from error
 
 
 def to_hf(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -187,6 +149,53 @@ def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
         f"config.json: quantization_config.weight_block_size={shown(block)} must be two positive numbers.",
     )
     return rows, columns
+
+
+def _model(config: Mapping[str, Any]) -> ModelConfig:
+    is_v3 = _architecture(config) == V3
+    for key, (value, reason) in _FIXED.items():
+        found = _READERS[type(value)](config, key, value)
+        check(
+            found == value,
+            f"config.json: {key}={shown(found)} cannot be represented: {reason}; only {value!r} is read.",
+        )
+    num_heads = whole(config, "num_attention_heads")
+    num_kv_heads = whole(config, "num_key_value_heads", num_heads)
+    check(
+        num_kv_heads == num_heads,
+        f"config.json: num_key_value_heads={num_kv_heads} differs from num_attention_heads={num_heads}; "
+        "latent attention has one key and value for each head.",
+    )
+    num_layers, num_dense_layers = whole(config, "num_hidden_layers"), whole(config, "first_k_dense_replace")
+    mtp_depth = whole(config, "num_nextn_predict_layers", 0)
+    check(
+        mtp_depth == 0 or num_dense_layers <= num_layers,
+        f"config.json: first_k_dense_replace={num_dense_layers} makes the MTP module after {num_layers} layers dense, "
+        "but ours have experts; set num_nextn_predict_layers to 0 to read the main model.",
+    )
+    vocab_size = whole(config, "vocab_size")
+    eos_ids = token_ids(config, "eos_token_id", vocab_size=vocab_size)
+    check(
+        "eos_token_id" in config, "config.json: 'eos_token_id' is missing; set it, to null where nothing ends a text."
+    )
+    theta, yarn = read_rope(config)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        model_dim=whole(config, "hidden_size"),
+        num_layers=num_layers,
+        num_dense_layers=min(num_dense_layers, num_layers),
+        ffn_dim=whole(config, "intermediate_size"),
+        mla=_mla(config, num_heads),
+        moe=_moe_v3(config) if is_v3 else _moe_v2(config),
+        mtp_depth=mtp_depth,
+        max_position=whole(config, "max_position_embeddings"),
+        rope_theta=theta,
+        yarn=yarn,
+        norm_eps=real(config, "rms_norm_eps", 1e-6),
+        init_std=real(config, "initializer_range", 0.02),
+        bos_id=None if config.get("bos_token_id") is None else whole(config, "bos_token_id"),
+        eos_id=eos_ids[0] if eos_ids else None,
+    )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
