@@ -9,6 +9,7 @@ All tokens share a direction in the embedding, and a few experts answer to it: a
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dsv3_jax.config.arguments import add_config_arguments
-from dsv3_jax.config.check import UserError
+from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
@@ -129,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     try:
+        check(given.steps > 0, f"--steps {given.steps} must be at least 1.")
+        check(0 <= given.bias_speed < math.inf, f"--bias-speed {given.bias_speed} must be 0 or more, and finite.")
         cfg = load_config(given.config, given.set)
         batch = BatchConfig(start=given.rows, full=given.rows, ramp_tokens=0, micro=given.rows)
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch=batch))

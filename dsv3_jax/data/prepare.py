@@ -66,7 +66,10 @@ def prepare(
             else:
                 data = open_prepared(cfg, model, folder)
                 if change := prepared.source_change(cfg, folder):
-                    say(f"data: the sources {change}; the run goes on with {folder} (delete it to start anew)")
+                    say(
+                        f"data: the sources {change}; the run goes on with {folder}; to learn from them as they are "
+                        "now, use another --run-dir"
+                    )
         _check_expected(data, expected or {})
         _copy_tokenizer(folder, run_dir)
     except OSError as e:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv3_jax.config.check import UserError
 from dsv3_jax.typing import Params
 
 
@@ -33,9 +34,9 @@ class HostEMA:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
 
     def update(self, params: Params) -> None:
-        """Schedules one averaging with the parameters as they are now."""
+        """Schedules one averaging with the parameters as they are now; raises `UserError` if an earlier one failed."""
         if len(self._pending) >= self._max_pending:
-            self._pending.pop(0).result()
+            self._wait_for_oldest()
         self._num_updates += 1
         weight = (1.0 - self._decay) / (1.0 - self._decay**self._num_updates)
         self._pending.append(self._thread.submit(self._average_with, _copy(params), weight))
@@ -43,12 +44,21 @@ class HostEMA:
     def average(self) -> Any:
         """The average after every update so far, as copies in float32. Waits for what is pending."""
         while self._pending:
-            self._pending.pop(0).result()
+            self._wait_for_oldest()
         return jax.tree.map(np.copy, self._average)
 
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(wait=True)
+
+    def _wait_for_oldest(self) -> None:
+        try:
+            self._pending.pop(0).result()
+        except Exception as error:  # whatever ended the thread's work, the average is wrong from here on
+            raise UserError(
+                f"averaging the parameters failed ({type(error).__name__}: {error}); free memory, or train without an "
+                "average (train.ema_decay=0) in another --run-dir."
+            ) from error
 
     def _average_with(self, params: Any, weight: float) -> None:
         fresh = jax.tree.map(partial(np.asarray, dtype=np.float32), jax.device_get(params))

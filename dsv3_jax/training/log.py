@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,6 +9,7 @@ from typing import Any, TextIO
 from dsv3_jax.config.check import UserError
 from dsv3_jax.output import warn
 from dsv3_jax.training.metrics import flat
+from dsv3_jax.training.replace import replace_file
 from dsv3_jax.training.tensorboard import EventFile
 
 METRICS = "metrics.jsonl"
@@ -120,12 +120,7 @@ def _set_aside(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def _rewrite(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _cannot_write(run_dir: Path, error: OSError) -> LogError:

@@ -28,3 +28,11 @@ def test_the_bias_balances_a_skewed_start_and_nothing_else_does(tmp_path: Path, 
     assert max(found["with bias update"]["start"]) > 2.5
     assert max(found["with bias update"]["end"]) < 1.5
     assert min(found["without"]["end"]) > 2.5
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--steps=0"], ["--rows=0"], ["--bias-speed=nan"], ["--set", "train.lr.peak=inf"]]
+)
+def test_what_cannot_be_measured_is_refused(arguments: list[str], repository: Path, capsys):
+    assert main([str(repository / "configs" / "tiny.py"), *arguments]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,7 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from dsv3_jax.config.check import UserError
 from dsv3_jax.training.ema import HostEMA
 
 
@@ -34,6 +36,14 @@ def test_continued_with_the_number_of_its_updates_it_gives_the_same_bits():
     np.testing.assert_array_equal(ema.average()["w"], resumed.average()["w"])
     ema.close()
     resumed.close()
+
+
+def test_a_thread_that_fails_is_told_in_a_sentence():
+    ema = HostEMA({"w": jnp.zeros(3)}, decay=0.75)
+    ema.update({"w": jnp.zeros(4)})
+    with pytest.raises(UserError, match=r"averaging the parameters failed \(ValueError: "):
+        ema.average()
+    ema.close()
 
 
 def test_donated_parameters_do_not_reach_back():
