@@ -48,6 +48,7 @@ ALLOWED = {
         "dsv3_kernels",
         "dsv3_jax.config",
         "dsv3_jax.model.params",
+        "dsv3_jax.output",
         "dsv3_jax.interrupt",
         "dsv3_jax.data",
         "dsv3_jax.training",

@@ -9,9 +9,11 @@ python -m dsv3_jax.interop.export DeepSeek-V3 OUT_DIR                      # FP8
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import from_dict
@@ -21,7 +23,8 @@ from dsv3_jax.interop.pretrained import load_pretrained
 from dsv3_jax.interop.safetensors_io import INDEX, SINGLE
 from dsv3_jax.interop.save import DTYPES, save_pretrained
 from dsv3_jax.interop.whole_folder import resolve
-from dsv3_jax.interrupt import run_program
+from dsv3_jax.interrupt import Stopped, StopRequest, leave
+from dsv3_jax.output import dependable_output
 from dsv3_jax.training.checkpoint import load_variables
 
 
@@ -34,6 +37,7 @@ def export(
     overwrite: bool = False,
     with_mtp: bool = True,
     say: Callable[[str], None] = print,
+    stop: StopRequest | None = None,
 ) -> ModelConfig:
     """Writes a model as an official folder; returns its configuration, as `load_pretrained` will read it.
 
@@ -42,9 +46,10 @@ def export(
             tokenizer, chat templates and generation_config.json go along as they are.
         use_average: of a run, the moving average of the parameters instead of the last.
         say: receives one line for whatever the user should know.
+        stop: what ends the export between two pieces of a tensor; then nothing of it is left.
     The others are those of `save_pretrained`.
     Raises: `UserError` when `source` holds no whole checkpoint (or no average), or would be deleted; and whatever
-        `load_pretrained` and `save_pretrained` do.
+        `load_pretrained` and `save_pretrained` do; `Stopped`.
     """
     source = user_path(source)
     check(source.is_dir(), f"{source}: is not a folder; give a run dir of train.py or an official folder.")
@@ -54,12 +59,13 @@ def export(
         not source.resolve().is_relative_to(out) or (is_official and source.resolve() == out),
         f"{out_dir}: holds {source}, which the export would replace; choose another folder.",
     )
+    call = _call if stop is None else stop.run
     if is_official:
         check(not use_average, f"{source}: is an official folder, which has no moving average; leave --average out.")
-        cfg, variables = load_pretrained(source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+        cfg, variables = call(load_pretrained, source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
         tokenizer = source
     else:
-        config, variables = load_variables(source, use_average=use_average, say=say)
+        config, variables = call(load_variables, source, use_average=use_average, say=say)
         cfg = from_dict(config["model"], ModelConfig)
         tokenizer = source / "tokenizer.json" if (source / "tokenizer.json").is_file() else None
         if tokenizer is None:
@@ -75,8 +81,13 @@ def export(
         tokenizer=tokenizer,
         overwrite=overwrite,
         with_mtp=with_mtp,
+        check_stop=None if stop is None else stop.check,
     )
     return cfg if with_mtp else dataclasses.replace(cfg, mtp_depth=0)
+
+
+def _call(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    return function(*args, **named)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -84,7 +95,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for a user error."""
+    """The command line; returns the exit code, 2 for a user error. A signal ends it, leaving nothing of the export."""
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_jax.interop.export",
         description="Exports a training run, or an official folder in another dtype, as a Hugging Face folder.",
@@ -98,21 +109,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not an earlier export")
     args = parser.parse_args(arguments)
     try:
-        export(
-            args.source,
-            args.out_dir,
-            args.dtype,
-            max_shard_size=args.max_shard_size,
-            use_average=args.average,
-            overwrite=args.overwrite,
-            with_mtp=not args.no_mtp,
-        )
+        with StopRequest(answer=_announce) as stop:
+            export(
+                args.source,
+                args.out_dir,
+                args.dtype,
+                max_shard_size=args.max_shard_size,
+                use_average=args.average,
+                overwrite=args.overwrite,
+                with_mtp=not args.no_mtp,
+                stop=stop,
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        leave(stopped.exit_code)
     print(f"wrote {args.out_dir} ({args.dtype})")
     return 0
 
 
+def _announce(number: signal.Signals) -> None:
+    print(f"{number.name}: leaving as soon as the unfinished export is removed (again: leave at once).")
+
+
 if __name__ == "__main__":
-    run_program(main)
+    dependable_output()
+    sys.exit(main())

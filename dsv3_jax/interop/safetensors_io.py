@@ -7,7 +7,7 @@ Reading takes one tensor from the disk; writing places each tensor where the hea
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.interop.json_file import MAX_BYTES, CheckpointError, open_file, parse_json, read_json, shorten
+from dsv3_jax.interop.strips import ahead, strips
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -26,6 +27,9 @@ DTYPES: dict[str, np.dtype] = {
 """The stored types that are read; all but F16 and F8_E8M0 are also written."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SYNC_BYTES = 2**28
+"""What may wait for the disk: little enough for `advance` to be told what is written, not what is promised."""
+
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 _BITS = {
     "F4": 4,
@@ -160,10 +164,12 @@ def write_file(
     contents: Iterable[tuple[str, tuple[int, ...], str]],
     tensors: Iterable[tuple[str, np.ndarray]],
     metadata: dict[str, str],
+    advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Writes `tensors`, in any order, into a new file for the (name, shape, dtype) of `contents`; then fsyncs it.
 
-    Tensors lie by falling item size, then name, so that each is aligned. One tensor is in memory at a time.
+    Tensors lie by falling item size, then name, so that each is aligned. Two tensors are in memory at a time: one is
+    made while one is written. `advance` is told the bytes of each piece that was written; what it raises ends the call.
     Raises: ValueError when tensors and contents differ; OSError from the disk.
     """
     ordered = sorted(contents, key=lambda item: (-np.dtype(item[2]).itemsize, item[0]))
@@ -176,14 +182,29 @@ def write_file(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+
+    def pieces() -> Iterator[tuple[int, np.ndarray]]:
         for name, array in tensors:
             place, shape, dtype = start.pop(name)
             if array.shape != shape or array.dtype != np.dtype(dtype):
                 raise ValueError(f"{name}: got {array.dtype} {array.shape}, the header says {dtype} {shape}.")
-            stream.seek(8 + len(text) + place)
-            stream.write(np.ascontiguousarray(array).view(np.uint8).data)
+            place += 8 + len(text)
+            for piece in strips(array):
+                yield place, piece
+                place += piece.nbytes
+
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        unsynced = 0
+        for place, piece in ahead(pieces()):
+            stream.seek(place)
+            stream.write(piece.data)
+            unsynced += piece.nbytes
+            if unsynced >= _SYNC_BYTES:
+                stream.flush()
+                os.fsync(stream.fileno())
+                unsynced = 0
+            advance(piece.nbytes)
         if start:
             raise ValueError(f"{file}: no data came for {sorted(start)[0]!r}.")
         stream.flush()

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +16,14 @@ import numpy as np
 from dsv3_jax.config.check import ConfigError, check
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.paths import user_path
-from dsv3_jax.interop.convert import to_official
+from dsv3_jax.interop.convert import official_view, to_official
 from dsv3_jax.interop.hf_config import to_hf
 from dsv3_jax.interop.hf_names import FP8_BLOCK, Entry, entries, flatten, stored_tensors
 from dsv3_jax.interop.hf_tokenizer import companion_files, declared_ids
 from dsv3_jax.interop.safetensors_io import INDEX, SINGLE, CheckpointError, read_metadata, write_file
 from dsv3_jax.interop.whole_folder import replaced, resolve, write_bytes
 from dsv3_jax.model.params import abstract_params
+from dsv3_jax.progress import progress
 from dsv3_jax.typing import Variables
 from dsv3_kernels.quantize import quantize_tiles
 
@@ -41,6 +42,7 @@ def save_pretrained(
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     with_mtp: bool = True,
+    check_stop: Callable[[], None] | None = None,
 ) -> None:
     """Writes an official folder that transformers, vLLM and `load_pretrained` read.
 
@@ -50,7 +52,8 @@ def save_pretrained(
     same, byte for byte; through bfloat16 parameters it cannot be, as value times scale has more bits than they hold.
 
     Everything goes to a hidden folder beside, is fsynced, then renamed: a folder of that name is always whole. A
-    process that was killed leaves `.NAME.partial-*`, which may be deleted. One tensor is in memory at a time.
+    process that was killed leaves `.NAME.partial-*`, which may be deleted. Two tensors are in memory at a time. On a
+    terminal a bar with the time left appears after ten seconds.
 
     Args:
         folder: where a link points, if it is one. An earlier export of ours is replaced, anything else that is not
@@ -61,6 +64,7 @@ def save_pretrained(
         tokenizer: a tokenizer.json to go with the model, or an official folder, of which tokenizer, chat templates,
             generation_config.json and the ids that config.json names go along as they are.
         with_mtp: whether MTP modules are written; without them the main model alone is.
+        check_stop: called after every piece of some megabytes; what it raises ends the export, which leaves nothing.
     Raises: `ConfigError` when `cfg` has no official form, `variables` do not fit it, or `folder` is in use;
         `CheckpointError` when the disk is full or refuses. Then nothing of the export is left, and what was there is.
     """
@@ -78,12 +82,21 @@ def save_pretrained(
     metadata = {"format": "pt", "producer": _PRODUCER}
     if extra := sorted(files.keys() - _OTHER_FILES):
         metadata["files"] = "\n".join(extra)
-    with replaced(folder, size=size, is_ours=_is_own_export) as new_folder:
+    with (
+        replaced(folder, size=size, is_ours=_is_own_export) as new_folder,
+        progress(f"writing {folder.name}", size) as shown,
+    ):
+
+        def advance(num_bytes: int) -> None:
+            shown(num_bytes)
+            if check_stop is not None:
+                check_stop()
+
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):06d}.safetensors"
             contents = [tensor for item in shard for tensor in item.tensors]
-            write_file(new_folder / name, contents, _tensors(leaves, shard), metadata)
+            write_file(new_folder / name, contents, _tensors(leaves, shard), metadata, advance)
             weight_map.update((tensor, name) for tensor, _, _ in contents)
         if len(shards) > 1:
             files[INDEX] = _json({"metadata": {"total_size": size}, "weight_map": weight_map})
@@ -120,7 +133,7 @@ def _tensors(leaves: dict[str, Any], shard: list[_Item]) -> Iterator[tuple[str, 
         ours = _on_host(leaves[entry.path], entry.index)
         if len(stored) == 1:
             name, _, kind = stored[0]
-            yield name, to_official(ours.astype(kind, copy=False), entry.input_axes)
+            yield name, official_view(ours.astype(kind, copy=False), entry.input_axes)
             continue
         quantised = quantize_tiles(to_official(ours, entry.input_axes), tile=FP8_BLOCK)
         if not np.isfinite(quantised.scales).all():
@@ -198,14 +211,15 @@ def _is_own_export(folder: Path) -> bool:
     return False
 
 
-def _bytes(size: int | float | str) -> int | float:
+def _bytes(given: int | float | str) -> int | float:
+    size = given
     if isinstance(size, str):
         match = re.fullmatch(r"([0-9]{1,15}) ?([KMGT]i?)?B?", size.strip(), re.IGNORECASE)
-        check(match is not None, f"max_shard_size={size!r} is not a size; write bytes or such as '500MB' or '5GiB'.")
+        check(match is not None, f"max_shard_size={given!r} is not a size; write bytes or such as '500MB' or '5GiB'.")
         assert match is not None
         number, unit = match[1], (match[2] or "").upper()
         size = int(number) * (1024 if unit.endswith("I") else 1000) ** " KMGT".index(unit[:1] or " ")
-    check(size > 0, f"max_shard_size={size} must be positive.")
+    check(size > 0, f"max_shard_size={given} must be positive.")
     return size
 
 

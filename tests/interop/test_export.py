@@ -26,7 +26,8 @@ def config_of(repository):
     tiny = ds.load_config(repository / "configs" / "tiny.py")
 
     def make(model: ds.ModelConfig) -> dict:
-        return to_dict(dataclasses.replace(tiny, model=model, precision="float32"))
+        train = dataclasses.replace(tiny.train, seq_len=model.max_position)
+        return to_dict(dataclasses.replace(tiny, model=model, train=train, precision="float32"))
 
     return make
 

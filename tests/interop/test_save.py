@@ -447,3 +447,20 @@ def test_bfloat16_export_rounds_to_nearest(tmp_path, small, random_variables):
         x = np.asarray(leaf)
         expected = x if path.startswith("router_state") else x.astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(np.asarray(loaded[path]), expected)
+
+
+def test_an_export_that_is_stopped_leaves_nothing_and_what_was_there(tmp_path, small, random_variables):
+    variables = random_variables(small)
+    ds.save_pretrained(tmp_path / "out", small, variables, "float32", max_shard_size=100_000)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for allowed in (0, 1, 40):
+        calls = iter(range(1000))
+
+        def stop(calls=calls, allowed=allowed):
+            if next(calls) == allowed:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            ds.save_pretrained(tmp_path / "out", small, variables, "bfloat16", check_stop=stop)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
