@@ -29,7 +29,7 @@ from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
 from dsv3_jax.training.build import Run, open_run
 from dsv3_jax.training.evaluate import evaluate, make_evaluator, warm_up
-from dsv3_jax.training.finish import finish, heldout_part
+from dsv3_jax.training.finish import final_evaluations, finish, heldout_part
 from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.log import LogError, RunLog
 from dsv3_jax.training.metrics import Progress, metrics_row
@@ -136,7 +136,7 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
                     else:
                         log.write_heldout({**run.progress._asdict(), **result._asdict()})
                         bar.say(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
-                    clock.pause(run.progress)
+                    clock.pause(run.progress, times_after=final_evaluations(run))
                 if is_due(run.progress, output.checkpoint_every):
                     read_reports()
                     run.save()

@@ -78,6 +78,7 @@ ALLOWED = {
     ],
     "dsv3_jax/planning": [
         "dsv3_jax.typing",
+        "dsv3_jax.interrupt",
         "dsv3_jax.config",
         "dsv3_jax.precision",
         "dsv3_jax.model",

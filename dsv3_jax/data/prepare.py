@@ -27,6 +27,7 @@ from dsv3_jax.data import corpus, prepared, shards, split
 from dsv3_jax.data import tokenizer as tokenizer_module
 from dsv3_jax.data.prepared import FORMAT, MANIFEST_NAME, TOKENIZER_NAME, PreparedData, open_prepared
 from dsv3_jax.data.tokenizer import TextTokenizer
+from dsv3_jax.interrupt import run_program
 from dsv3_jax.progress import progress
 
 _CHUNK_CHARS = 2**20
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         cfg = load_config(given.config, given.set)
-        prepare(cfg.data, cfg.model, given.run_dir)
+        prepare(cfg.data, cfg.model, given.run_dir, say=print)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -281,4 +282,4 @@ def _to_stderr(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

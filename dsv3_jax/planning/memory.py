@@ -23,6 +23,7 @@ from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.interrupt import run_program
 from dsv3_jax.model.block import Parts, dense_block, moe_block
 from dsv3_jax.model.mla import mla
 from dsv3_jax.model.moe.dispatch import block_size_for, num_blocks
@@ -243,4 +244,4 @@ def _of_one_layer(spec: ParamSpec) -> jax.ShapeDtypeStruct:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -23,6 +23,7 @@ from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.hf_names import official_tensors
+from dsv3_jax.interrupt import run_program
 from dsv3_jax.model.params import ParamSpec, abstract_params
 
 PARTS: tuple[str, ...] = (
@@ -229,4 +230,4 @@ def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -37,6 +37,13 @@ def heldout_part(run: Run, stop: StopRequest) -> Iterator[Batch]:
         yield batch
 
 
+def final_evaluations(run: Run) -> float:
+    """How many evaluations during training make as much work as those at its end."""
+    most, total = run.cfg.train.output.final_eval_batches, num_heldout_batches(**_heldout_settings(run))
+    num_models = 1 if run.average is None else 2
+    return num_models * min(most, total) / min(run.cfg.train.output.eval_batches, total)
+
+
 def finish(
     run: Run, stop: StopRequest, sum_loss: SumLoss, generate: Generate, console: rich.console.Console
 ) -> list[str]:

@@ -12,8 +12,8 @@ from dsv3_jax.training.metrics import Progress, Speed, mfu
 
 T = TypeVar("T")
 
-WINDOW = 100
-"""Steps whose mean speed the estimate of the time left goes by."""
+WINDOW = 300
+"""Steps whose mean speed the estimate of the time left goes by: fewer follow every disturbance, more are slow to."""
 
 FIRST_ESTIMATE = 5
 """Steps before the first line with an estimate: a process's first steps are slower than those that follow."""
@@ -42,7 +42,7 @@ class Clock:
     ) -> None:
         self._flops, self._peak, self._now = flops_per_token, peak_flops_per_s, now
         self._laps: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW)
-        self._step_seconds, self._other_seconds = 0.0, 0.0
+        self._step_seconds, self._other_seconds, self._seconds_after = 0.0, 0.0, 0.0
         self.restart(progress)
 
     def lap(self, progress: Progress) -> Speed:
@@ -54,9 +54,17 @@ class Clock:
         speed = tokens / max(seconds, 1e-9)
         return Speed(speed, mfu(speed, self._flops, self._peak))
 
-    def pause(self, progress: Progress) -> None:
-        """Counts the time since the last call as evaluating and saving, which go on to take their share."""
-        self._other_seconds += self._since()
+    def pause(self, progress: Progress, *, times_after: float = 0.0) -> None:
+        """Counts the time since the last call as evaluating or saving, which go on to take their share.
+
+        Args:
+            progress: where the run is.
+            times_after: how often the work just done, an evaluation, will be done after the last step; 0: unknown.
+        """
+        seconds = self._since()
+        self._other_seconds += seconds
+        if times_after:
+            self._seconds_after = times_after * seconds
         self.restart(progress)
 
     def restart(self, progress: Progress) -> None:
@@ -64,12 +72,13 @@ class Clock:
         self._tokens, self._time = progress.tokens, self._now()
 
     def seconds_left(self, tokens: int) -> float:
-        """How long training on `tokens` more will take, evaluations and checkpoints included; NaN before a lap."""
+        """How long a run with `tokens` to go will take, evaluations and checkpoints included; NaN before a lap."""
         seconds = sum(seconds for _, seconds in self._laps)
         seen = sum(tokens for tokens, _ in self._laps)
         if not seen:
             return float("nan")
-        return tokens * seconds / seen * (1.0 + self._other_seconds / max(self._step_seconds, 1e-9))
+        training = max(0, tokens) * seconds / seen * (1.0 + self._other_seconds / max(self._step_seconds, 1e-9))
+        return training + self._seconds_after
 
     def _since(self) -> float:
         return self._now() - self._time

@@ -30,11 +30,12 @@ def test_speed_and_time_left_count_steps_evaluations_and_saves_but_no_compilatio
         assert speed == pytest.approx((50.0, 0.25))
     assert clock.seconds_left(500) == pytest.approx(10.0)
     time.now += 5.0  # evaluates
-    clock.pause(Progress(20, 2000))
-    assert clock.seconds_left(500) == pytest.approx(10.0 * 25 / 20)
+    clock.pause(Progress(20, 2000), times_after=3.0)
+    assert clock.seconds_left(500) == pytest.approx(10.0 * 25 / 20 + 3 * 5.0)
     time.now += 60.0
     clock.restart(Progress(20, 2000))
-    assert clock.seconds_left(500) == pytest.approx(10.0 * 25 / 20)
+    assert clock.seconds_left(500) == pytest.approx(10.0 * 25 / 20 + 3 * 5.0)
+    assert clock.seconds_left(-10) == pytest.approx(3 * 5.0)
 
 
 @pytest.mark.parametrize("width", [20, 120])
