@@ -28,10 +28,11 @@ from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
 from dsv3_jax.training.build import Run, open_run
+from dsv3_jax.training.checkpoint import CheckpointError
 from dsv3_jax.training.evaluate import evaluate, make_evaluator, warm_up
 from dsv3_jax.training.finish import final_evaluations, finish, heldout_part
 from dsv3_jax.training.host_memory import keep_freed_memory
-from dsv3_jax.training.log import LogError, RunLog
+from dsv3_jax.training.log import RunLog
 from dsv3_jax.training.metrics import Progress, metrics_row
 from dsv3_jax.training.progress import Clock, ProgressBar
 from dsv3_jax.training.sample import check_sample
@@ -143,9 +144,14 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
                     clock.pause(run.progress)
         read_reports()
         save_newest(run)
-    except LogError as error:
-        is_good = all(report.is_finite for _, report, _ in unread)
-        raise UserError(f"{error} {rescue(run) if is_good else ''}") from error
+    except (Diverged, CheckpointError):
+        raise
+    except Exception as error:
+        saved = rescue(run, [report for _, report, _ in unread])
+        if isinstance(error, UserError):
+            raise UserError(f"{error} {saved}") from error
+        print(saved, file=sys.stderr)
+        raise
     finally:
         bar.close()
         log.close()
@@ -172,13 +178,15 @@ def save_newest(run: Run) -> None:
     run.checkpoints.wait()
 
 
-def rescue(run: Run) -> str:
+def rescue(run: Run, unread: list[StepReport]) -> str:
     """Saves what was trained when the run cannot go on; returns what became of it."""
+    if not all(report.is_finite for report in unread):
+        return "The newest step is not saved: its loss is not finite."
     try:
         save_newest(run)
     except UserError as error:
         return f"The checkpoint failed too: {error}"
-    return f"The checkpoint of step {run.progress.step} is saved."
+    return f"The checkpoint of step {run.progress.step} is saved; the same command continues."
 
 
 def is_due(progress: Progress, every: int) -> bool:
