@@ -19,6 +19,7 @@ from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import from_dict
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.paths import user_path
+from dsv3_jax.interop.hf_names import ragged_tensor
 from dsv3_jax.interop.pretrained import load_pretrained
 from dsv3_jax.interop.safetensors_io import INDEX, SINGLE
 from dsv3_jax.interop.save import DTYPES, save_pretrained
@@ -72,6 +73,12 @@ def export(
             say(f"{source}: has no tokenizer.json; the export goes without a tokenizer.")
     if with_mtp and cfg.mtp_depth:
         say("the export holds MTP modules, which transformers lists as unexpected and leaves out (--no-mtp does, too).")
+    ragged = ragged_tensor(cfg) if dtype == "float8_e4m3fn" else None
+    if ragged is not None:
+        say(
+            f"{ragged.key} {list(ragged.shape)} does not divide into blocks of 128: transformers without a GPU refuses "
+            "such FP8 folders or scales them wrongly (its fault); load_pretrained and vLLM take each block as it is."
+        )
     save_pretrained(
         out_dir,
         cfg,

@@ -140,6 +140,19 @@ def official_tensors(cfg: ModelConfig, dtype: str) -> Iterator[tuple[str, tuple[
         yield from stored_tensors(entry, dtype)
 
 
+def ragged_tensor(cfg: ModelConfig) -> Entry | None:
+    """The first tensor whose last FP8 block is cut short although it is not the only one; None when there is none.
+
+    transformers 5 takes rows / blocks for the size of a block when it dequantises, which is true of all others.
+    """
+    for entry in entries(cfg):
+        if entry.is_fp8 and any(
+            size > block and size % block for size, block in zip(entry.shape, FP8_BLOCK, strict=True)
+        ):
+            return entry
+    return None
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dict -> {"params/embed/w": leaf}."""
     flat: dict[str, Any] = {}

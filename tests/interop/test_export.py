@@ -15,6 +15,7 @@ import tokenizers
 import dsv3_jax as ds
 from dsv3_jax.config.load import to_dict
 from dsv3_jax.interop.export import export, main
+from dsv3_jax.interop.hf_names import ragged_tensor
 from dsv3_jax.training.checkpoint import CheckpointFolder
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.typing import Variables
@@ -116,6 +117,24 @@ def test_an_official_folder_in_another_dtype_and_without_mtp(golden, tmp_path, w
     assert_same_bits(variables, expected)
     assert main([str(source), str(tmp_path / "out"), "--average"]) == 2
     assert "which has no moving average" in capsys.readouterr().err
+
+
+def test_fp8_blocks_that_transformers_misreads_are_named(golden, tmp_path, capsys):
+    source = str(golden / "hf" / "tiny_c")
+    assert main([source, str(tmp_path / "out"), "--dtype", "float8_e4m3fn"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "scales them wrongly" in line]
+    assert len(said) == 1
+    assert said[0].startswith("model.layers.0.self_attn.")
+    assert main([source, str(tmp_path / "out")]) == 0
+    assert "scales them wrongly" not in capsys.readouterr().out
+
+
+def test_the_released_model_has_one_kind_of_ragged_tensor(small):
+    ragged = ragged_tensor(ds.ModelConfig())
+    assert ragged is not None
+    assert (ragged.key, ragged.shape) == ("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", (576, 7168))
+    assert ragged_tensor(small) is not None
+    assert ragged_tensor(dataclasses.replace(small, model_dim=128, ffn_dim=100)) is None
 
 
 def test_run_without_an_average(run_dir, tmp_path, small, random_variables, config_of, capsys):
