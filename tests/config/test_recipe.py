@@ -1,4 +1,4 @@
-"""Every constant of the report's recipe (sections 2.1.2, 2.2, 4.1 and 4.2), written a second time."""
+"""Every constant of the report's recipe (sections 2.1.2, 2.2 and 4.1 to 4.3), written a second time."""
 
 from pathlib import Path
 
@@ -29,8 +29,15 @@ RECIPE = {
     "model.moe.expert_dim": 2048,
     "model.moe.num_groups": 8,
     "model.moe.groups_per_token": 4,
+    "model.moe.score": "sigmoid",
+    "model.moe.normalize_weights": True,
+    "model.moe.has_bias": True,
     "model.moe.scale": 2.5,
     "model.mtp_depth": 1,
+    "model.yarn.factor": 40.0,
+    "model.yarn.beta_fast": 32.0,
+    "model.yarn.beta_slow": 1.0,
+    "model.yarn.original_max_position": 4096,
     "model.init_std": 0.006,
     "data.fim_rate": 0.1,
     "data.document_mask": False,
@@ -57,7 +64,7 @@ RECIPE = {
     "train.auxiliary.balance_weight": 1e-4,
     "train.remat": "paper",
 }
-# Of these groups the report states everything but what is listed here; the warm-up it gives in steps, tested below.
+# Of these groups the report states everything but what is listed here; the warm-up it gives in steps (test_schedules.py).
 COMPLETE = ("train.lr.", "train.batch.", "train.optimizer.", "train.auxiliary.")
 NOT_STATED = {"train.lr.warmup_tokens", "train.batch.micro", "train.optimizer.epsilon", "train.optimizer.moment_dtype"}
 

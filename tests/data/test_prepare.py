@@ -235,7 +235,7 @@ def test_two_processes_at_once_make_it_once(cfg, folder_of_text, tmp_path):
     )
     command = [sys.executable, "-c", program, str(folder_of_text), str(tmp_path)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in running]
+    outputs = [process.communicate(timeout=600) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
     assert sum("ready in" in errors for _, errors in outputs) == 1
