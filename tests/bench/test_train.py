@@ -29,6 +29,8 @@ SMALL = [
     }.items()
 ] + ["--set=train.seq_len=32"]
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def test_programs_take_turns():
     order = []

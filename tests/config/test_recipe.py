@@ -64,7 +64,7 @@ RECIPE = {
     "train.auxiliary.balance_weight": 1e-4,
     "train.remat": "paper",
 }
-# Of these groups the report states everything but what is listed here; the warm-up it gives in steps (test_schedules.py).
+# Of these groups the report states all but what is listed here; the warm-up it gives in steps (test_schedules.py).
 COMPLETE = ("train.lr.", "train.batch.", "train.optimizer.", "train.auxiliary.")
 NOT_STATED = {"train.lr.warmup_tokens", "train.batch.micro", "train.optimizer.epsilon", "train.optimizer.moment_dtype"}
 

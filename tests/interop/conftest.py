@@ -18,7 +18,9 @@ from tests.small import make_config
 @pytest.fixture
 def small() -> ModelConfig:
     """The shared small model, ragged against blocks of 128: two dense layers, two of experts, one MTP module."""
-    return make_config(model_dim=136, num_layers=4, num_dense_layers=2, ffn_dim=160, yarn=None)
+    return make_config(
+        vocab_size=96, model_dim=136, num_layers=4, num_dense_layers=2, ffn_dim=160, max_position=512, yarn=None
+    )
 
 
 @pytest.fixture

@@ -20,6 +20,10 @@ CONFIGS = {
 }
 
 
+# Of the tests that draw numbers: one compilation for all.
+DRAWN = {"model_dim": 48, "init_std": 0.006, "mtp_depth": 2}
+
+
 def flat(tree, is_leaf=None) -> dict:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {"/".join(entry.key for entry in path): leaf for path, leaf in leaves}
@@ -87,7 +91,7 @@ def test_the_tree_as_documented(config) -> None:
 
 def test_fresh_values(config) -> None:
     """Norms 1, biases 0, weights N(0, init_std²) and different in every leaf and layer."""
-    cfg = config(model_dim=48, init_std=0.006, mtp_depth=2)
+    cfg = config(**DRAWN)
     seen = []
     for path, leaf in flat(init(cfg, jax.random.key(3))).items():
         values = np.asarray(leaf, np.float64)
@@ -106,7 +110,7 @@ def test_fresh_values(config) -> None:
 
 
 def test_keys_decide_everything(config) -> None:
-    cfg = config()
+    cfg = config(**DRAWN)
     first, again, other = (init(cfg, jax.random.key(seed))["params"] for seed in (1, 1, 2))
     for path, leaf in flat(first).items():
         np.testing.assert_array_equal(leaf, flat(again)[path])
@@ -121,7 +125,7 @@ def test_init_runs_inside_a_jit_and_gives_the_same(config) -> None:
 
 
 def test_bfloat16_values_are_the_rounded_float32_ones(config) -> None:
-    cfg = config()
+    cfg = config(**DRAWN)
     wide, narrow = (init(cfg, jax.random.key(4), dtype) for dtype in (jnp.float32, jnp.bfloat16))
     for path, leaf in flat(wide["params"]).items():
         np.testing.assert_array_equal(leaf.astype(jnp.bfloat16), flat(narrow["params"])[path])

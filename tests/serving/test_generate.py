@@ -22,11 +22,10 @@ def clear(logits: np.ndarray) -> bool:
     return bool((best[..., -1] - best[..., -2] > 1e-3).all())
 
 
-@pytest.mark.parametrize("lengths", [(1, 9, 16), (17, 3, 20)], ids=str)
-def test_ragged_prompts_equal_the_uncached_forward(model, slowly, lengths) -> None:
-    """Prompts at and past the edge of a bucket, completions across the next."""
+def test_ragged_prompts_equal_the_uncached_forward(model, slowly) -> None:
+    """Prompts at and past the edge of a bucket, completions across the next; other edges below, with one model."""
     cfg, variables = model
-    prompts = prompts_of(cfg, lengths)
+    prompts = prompts_of(cfg, (17, 3, 20))
     expected, logits = slowly(cfg, variables, prompts, 12)
     assert clear(logits), "choose another seed"
     np.testing.assert_array_equal(generate(cfg, variables, prompts, 12), expected)

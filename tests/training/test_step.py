@@ -13,7 +13,7 @@ from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.train import OptimizerConfig
 from dsv3_jax.data.pack import as_batch
 from dsv3_jax.training.optimizer import decay_mask, make_optimizer
-from dsv3_jax.training.state import TrainState, abstract_state, init_state
+from dsv3_jax.training.state import TrainState, abstract_state
 from dsv3_jax.training.step import Parts, Rates, batch_loss, make_step
 from dsv3_jax.training.targets import MicroBatch, label_counts, make_micro_batch
 from tests.small import make_variables
@@ -65,9 +65,12 @@ def simple_loss(params, router_state, batch, counts, share, mtp_weight, *, cfg):
     return squares, Parts(squares, jnp.zeros(cfg.model.mtp_depth), jnp.zeros(num_layers), load)
 
 
-def zero_state(cfg: RunConfig) -> TrainState:
-    """A state for losses without a model."""
-    return jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), abstract_state(cfg))
+def fresh_state(cfg: RunConfig) -> TrainState:
+    """What `init_state` makes, with other random numbers and without its compilation."""
+    shapes = abstract_state(cfg)
+    params = make_variables(cfg.model, dtype=shapes.params["embed"]["w"].dtype)["params"]
+    zeros = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), shapes)
+    return zeros._replace(params=params)
 
 
 def test_labels_of_a_depth_never_cross_a_document_or_the_row(small):
@@ -127,8 +130,8 @@ def test_accumulation_equals_one_big_batch_when_label_counts_differ(small):
     three = [batch_of(small, tokens[i : i + 2], segments[i : i + 2]) for i in (0, 2, 4)]
     assert len({float(label_counts([batch])[0]) for batch in three}) > 1
     step = step_of(small)
-    big, big_report = step(init_state(small), one, RATES)
-    summed, report = step(init_state(small), three, RATES)
+    big, big_report = step(fresh_state(small), one, RATES)
+    summed, report = step(fresh_state(small), three, RATES)
     assert float(report.loss) == pytest.approx(float(big_report.loss), rel=1e-5)
     assert float(report.grad_norm) == pytest.approx(float(big_report.grad_norm), rel=1e-4)
     np.testing.assert_array_equal(report.parts.load, big_report.parts.load)
@@ -142,7 +145,7 @@ def test_accumulation_equals_one_big_batch_when_label_counts_differ(small):
 def test_biases_of_all_routers_move_against_the_load_of_the_whole_batch(small):
     whole = np.ones((2, small.train.seq_len + 1), np.int32)
     batches = [batch_of(small, rows(small, seed, 2), whole) for seed in (4, 5)]
-    state, report = step_of(small)(init_state(small), batches, RATES)
+    state, report = step_of(small)(fresh_state(small), batches, RATES)
     load = np.asarray(report.parts.load, np.float32)
     expected = 0.01 * np.sign(load.mean(axis=1, keepdims=True) - load)
     main = state.router_state["moe_layers"]["moe"]["router"]["bias"]
@@ -188,7 +191,7 @@ def test_the_optimizer_is_adamw_by_the_formula(small):
 def test_moments_are_kept_in_the_configured_dtype(small):
     train = dataclasses.replace(small.train, optimizer=OptimizerConfig(moment_dtype="bfloat16"))
     cfg = dataclasses.replace(small, train=train)
-    state = zero_state(cfg)
+    state = fresh_state(cfg)
     batch = batch_of(cfg, rows(cfg, 6))
     before = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state)]
     state, report = make_step(cfg, simple_loss)(state, [batch], RATES)
@@ -202,7 +205,7 @@ def test_moments_are_kept_in_the_configured_dtype(small):
 def test_every_precision_learns(small, precision: str):
     model = dataclasses.replace(small.model, num_layers=1, num_dense_layers=0, mtp_depth=0)
     cfg = dataclasses.replace(small, model=model, precision=precision)
-    step, state, batch = make_step(cfg), init_state(cfg), [batch_of(cfg, rows(cfg, 7))]
+    step, state, batch = make_step(cfg), fresh_state(cfg), [batch_of(cfg, rows(cfg, 7))]
     losses = []
     for _ in range(8):
         state, report = step(state, batch, RATES)
@@ -224,7 +227,7 @@ def nan_gradient(params, *arguments, cfg):
 @pytest.mark.parametrize("num_micro", [1, 2])
 @pytest.mark.parametrize(("loss", "is_loss_finite"), [(nan_loss, False), (nan_gradient, True)])
 def test_a_step_that_is_not_finite_changes_nothing(small, loss, is_loss_finite: bool, num_micro: int):
-    state = zero_state(small)
+    state = fresh_state(small)
     before = jax.tree.map(np.array, state)
     after, report = make_step(small, loss)(state, [batch_of(small, rows(small, 8))] * num_micro, RATES)
     assert bool(jnp.isfinite(report.loss)) == is_loss_finite
@@ -235,7 +238,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small, loss, is_loss_finite: 
 
 def test_a_model_without_experts_or_mtp_trains(small):
     cfg = dataclasses.replace(small, model=dataclasses.replace(small.model, mtp_depth=0, num_dense_layers=2))
-    state, report = make_step(cfg)(init_state(cfg), [batch_of(cfg, rows(cfg, 9))], RATES)
+    state, report = make_step(cfg)(fresh_state(cfg), [batch_of(cfg, rows(cfg, 9))], RATES)
     assert state.router_state == {}
     assert bool(report.is_finite)
     assert report.parts.load.shape[0] == 0
@@ -243,8 +246,9 @@ def test_a_model_without_experts_or_mtp_trains(small):
 
 def test_a_model_without_bias_and_with_two_mtp_modules_trains(small):
     moe = dataclasses.replace(small.model.moe, has_bias=False, num_groups=1, groups_per_token=1)
-    cfg = dataclasses.replace(small, model=dataclasses.replace(small.model, moe=moe, mtp_depth=2))
-    _, report = make_step(cfg)(init_state(cfg), [batch_of(cfg, rows(cfg, 9))], RATES)
+    model = dataclasses.replace(small.model, num_dense_layers=0, num_layers=1, moe=moe, mtp_depth=2)
+    cfg = dataclasses.replace(small, model=model)
+    _, report = make_step(cfg)(fresh_state(cfg), [batch_of(cfg, rows(cfg, 9))], RATES)
     assert bool(report.is_finite)
     assert report.parts.mtp.shape == (2,)
     assert report.parts.load.shape[0] == 3
