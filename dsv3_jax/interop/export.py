@@ -77,7 +77,7 @@ def export(
     if ragged is not None:
         say(
             f"{ragged.key} {list(ragged.shape)} does not divide into blocks of 128: transformers without a GPU refuses "
-            "such FP8 folders or scales them wrongly (its fault); load_pretrained and vLLM take each block as it is."
+            "such FP8 folders or scales them wrongly (its fault); load_pretrained reads them, vLLM may refuse them."
         )
     save_pretrained(
         out_dir,
