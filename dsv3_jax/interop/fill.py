@@ -23,7 +23,7 @@ from dsv3_jax.interop.match import Found
 from dsv3_jax.interop.safetensors_io import DTYPES
 from dsv3_kernels.quantize import QTensor, dequantize_tiles
 
-_CHUNK_BYTES, _MIN_ROWS, _MAX_ROWS = 2**21, 64, 128
+_CHUNK_BYTES, _MIN_ROWS, _MAX_ROWS = 2**21, 64, 512
 _BATCH_BYTES = 2**24
 _CACHE_LINE = 64
 
@@ -79,21 +79,23 @@ class _Part(NamedTuple):
 
 
 class _Buffer:
-    """Memory for one chunk, and the views of its rows that a scattered read needs."""
+    """Memory for one chunk, and the views of its rows that a scattered read needs, remembered for each width."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
-        self._row_bytes = 0
-        self._rows: list[memoryview] = []
+        self._views: dict[int, tuple[np.ndarray, list[memoryview]]] = {}
 
     def rows(self, count: int, row_bytes: int) -> tuple[np.ndarray, list[memoryview]]:
         """([count, row_bytes], its rows); what it held before is lost."""
-        if row_bytes != self._row_bytes or count > len(self._rows):
+        if row_bytes not in self._views or count > len(self._views[row_bytes][1]):
             pitch = -(-row_bytes // _CACHE_LINE) * _CACHE_LINE + _CACHE_LINE
-            self._memory = aligned_empty((count, pitch), np.dtype(np.uint8))
-            self._row_bytes = row_bytes
-            self._rows = [memoryview(row)[:row_bytes] for row in self._memory]
-        return self._memory[:count, :row_bytes], self._rows[:count]
+            if count * pitch > self._memory.size:
+                self._memory = aligned_empty((count * pitch,), np.dtype(np.uint8))
+                self._views.clear()
+            padded = self._memory[: count * pitch].reshape(count, pitch)[:, :row_bytes]
+            self._views[row_bytes] = padded, [memoryview(row) for row in padded]
+        padded, rows = self._views[row_bytes]
+        return padded[:count], rows[:count]
 
 
 class _Buffers(NamedTuple):
@@ -140,12 +142,13 @@ def _fill_part(
     entry, tensor = item.entry, item.tensor
     target = official_view(arrays[entry.path][entry.index], entry.input_axes)
     target = target if target.ndim > 1 else target[None]
-    step = min(_MAX_ROWS, max(_MIN_ROWS, _CHUNK_BYTES // max(1, row_bytes) // 16 * 16))
+    step = min(max(_CHUNK_BYTES // 4 // max(1, row_bytes), 128), _CHUNK_BYTES // max(1, row_bytes), _MAX_ROWS)
+    step = max(step // 16 * 16, _MIN_ROWS)
     step = _whole_blocks(item, step, block)
     for start in range(part.start, part.stop, step):
         stop = min(start + step, part.stop)
         raw, rows = buffers.raw.rows(stop - start, row_bytes)
-        _read(stream, item, rows, tensor.start + start * row_bytes)
+        _read(stream, item, rows, row_bytes, tensor.start + start * row_bytes)
         chunk = raw.view(DTYPES[tensor.dtype])
         if item.scale is not None and block is not None:
             scales = item.scale.read(start // block[0], -(-stop // block[0]))
@@ -156,11 +159,11 @@ def _fill_part(
         target[start:stop].view(bits)[...] = chunk.view(bits)
 
 
-def _read(stream: BinaryIO, item: Found, rows: list[memoryview], offset: int) -> None:
+def _read(stream: BinaryIO, item: Found, rows: list[memoryview], row_bytes: int, offset: int) -> None:
     tensor = item.tensor
     for first in range(0, len(rows), _MAX_ROWS):
         some = rows[first : first + _MAX_ROWS]
-        size = sum(row.nbytes for row in some)
+        size = len(some) * row_bytes
         try:
             done = os.preadv(stream.fileno(), some, offset)
         except OSError as error:

@@ -251,8 +251,8 @@ def _stored(file: Path, name: str, value: Any, begin: int) -> StoredTensor:
         )
     if dtype not in _BITS:
         raise CheckpointError(
-            f"{file}: tensor {shorten(name)!r} has dtype {shorten(dtype)!r}, which the safetensors format does not "
-            f"have; write it as one of {', '.join(DTYPES)}."
+            f"{file}: tensor {shorten(name)!r} has dtype {shorten(str(dtype))!r}, which the safetensors format does "
+            f"not have; write it as one of {', '.join(DTYPES)}."
         )
     start, stop = offsets
     bits = math.prod(shape) * _BITS[dtype]
