@@ -1,27 +1,33 @@
 """A progress bar for work that turns out to be long."""
 
 import contextlib
-import time
+import threading
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _AFTER_S = 10.0
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives `advance(amount)`; a bar with the time left appears on stderr after ten seconds, on a terminal alone."""
-    started = time.monotonic()
-    console = Console(stderr=True)
-    with contextlib.ExitStack() as stack:
-        bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-        task = bar.add_task(label, total=total)
+def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Gives `advance(amount)`; a bar appears on standard output after ten seconds, on a terminal alone.
 
-        def advance(amount: int) -> None:
-            if not bar.live.is_started and time.monotonic() - started > _AFTER_S:
-                stack.enter_context(bar)
-            bar.update(task, advance=amount)
-
-        yield advance
+    It shows the time left, or without a `total` the time taken, and moves during long calls of native code too.
+    """
+    console = Console()
+    times = TimeRemainingColumn() if total else TimeElapsedColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), times
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(label, total=total)
+    start = threading.Timer(_AFTER_S, bar.start)
+    start.daemon = True
+    start.start()
+    try:
+        yield lambda amount: bar.advance(task, amount)
+    finally:
+        start.cancel()
+        start.join()
+        if bar.live.is_started:
+            bar.stop()

@@ -34,6 +34,8 @@ TEXT_SUFFIXES = frozenset(
 _RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
 _PARQUET = ".parquet"
 
+_MOST_MESSAGES = 100
+
 _EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 _KNOWN = "use .txt, .md, source code, .jsonl, .json (each also as .gz or .zst) or .parquet"
@@ -64,10 +66,17 @@ class Listing:
 
 @dataclasses.dataclass
 class Tally:
-    """What a pass over the corpus left out: `num_empty` documents without text, `rejected` messages."""
+    """What a pass over the corpus left out: documents without text, and what was rejected (the first messages)."""
 
     num_empty: int = 0
+    num_rejected: int = 0
     rejected: list[str] = dataclasses.field(default_factory=list)
+
+    def reject(self, message: str) -> None:
+        """Counts one more file, line or row."""
+        self.num_rejected += 1
+        if len(self.rejected) < _MOST_MESSAGES:
+            self.rejected.append(message)
 
 
 def list_files(cfg: DataConfig) -> Listing:
@@ -121,7 +130,7 @@ def read(cfg: DataConfig, listing: Listing, tally: Tally) -> Iterator[Document]:
     def reject(message: str) -> None:
         if not skip:
             raise UserError(f"{message} (or leave it out: data.on_bad_file=skip).")
-        tally.rejected.append(message)
+        tally.reject(message)
 
     for problem in listing.problems:
         reject(problem)

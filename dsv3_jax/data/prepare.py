@@ -6,6 +6,7 @@
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.config.paths import user_path
+from dsv3_jax.config.paths import shown, user_path
 from dsv3_jax.data import corpus, prepared, shards, split
 from dsv3_jax.data import tokenizer as tokenizer_module
 from dsv3_jax.data.prepared import FORMAT, MANIFEST_NAME, TOKENIZER_NAME, PreparedData, open_prepared
@@ -30,6 +31,7 @@ from dsv3_jax.data.tokenizer import TextTokenizer
 from dsv3_jax.interrupt import run_program
 from dsv3_jax.progress import progress
 
+_PARTS = frozenset({TOKENIZER_NAME, MANIFEST_NAME, "train", "heldout"})
 _CHUNK_CHARS = 2**20
 _DECODED_DOCUMENTS = 64
 
@@ -40,41 +42,39 @@ def prepare(
     run_dir: str | Path,
     *,
     expected: Mapping[str, str] | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> PreparedData:
     """Opens the data of a run, making it first where it does not exist yet.
 
     It lies in `cfg.cache_dir` or `run_dir/data`, is written aside and moved there whole, and then belongs to the run:
     a resumed run reads the same batches even if the sources have changed since (this is said). `run_dir` also gets
-    the tokenizer. Several processes may call it at once; the first one works.
+    the tokenizer. Several processes may call it at once; the first one works. It may be called in any thread, and
+    given up at any moment: what an unfinished one leaves is removed by the next.
 
     Args:
         expected: what `PreparedData.digest` must say, of a run that has learned from it.
-        say: takes lines of progress; by default they go to stderr.
+        say: takes lines of progress; by default they are printed.
 
     Raises:
         UserError: unreadable sources, nothing on one side of the split, a tokenizer that does not fit the model or
             loses text, data prepared with other settings, not the `expected` data, altered files, a disk that refuses.
     """
-    say = say or _to_stderr
     run_dir = user_path(run_dir)
-    folder = user_path(cfg.cache_dir) if cfg.cache_dir else run_dir / "data"
+    folder = Path(os.path.realpath(user_path(cfg.cache_dir) if cfg.cache_dir else run_dir / "data"))
     try:
-        with _locked(folder):
-            if not (folder / MANIFEST_NAME).exists():
-                _build(cfg, model, folder, say)
-                data = open_prepared(cfg, model, folder)
-            else:
-                data = open_prepared(cfg, model, folder)
-                if change := prepared.source_change(cfg, folder):
-                    say(
-                        f"data: the sources {change}; the run goes on with {folder}; to learn from them as they are "
-                        "now, use another --run-dir"
-                    )
+        is_made = not (folder / MANIFEST_NAME).exists() and _make(cfg, model, folder, say)
+        data = open_prepared(cfg, model, folder)
+        if not is_made and (change := prepared.source_change(cfg, data)):
+            say(
+                f"data: the sources {change}; the run goes on with {shown(folder)} (to learn from them as they are "
+                f"now, use another {'data.cache_dir and ' if cfg.cache_dir else ''}--run-dir)"
+            )
         _check_expected(data, expected or {})
         _copy_tokenizer(folder, run_dir)
     except OSError as e:
-        raise UserError(f"the data cannot be written to {folder} ({e}); free space or choose data.cache_dir.") from e
+        raise UserError(
+            f"the data cannot be written to {shown(folder)} ({e}); free space or choose data.cache_dir."
+        ) from e
     return data
 
 
@@ -93,21 +93,34 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _make(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str], None]) -> bool:
+    """Prepares the data unless another process has done so in the meantime; whether it did."""
+    with _locked(folder, say):
+        if (folder / MANIFEST_NAME).exists():
+            return False
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{shown(folder)} holds something else than prepared data; choose another folder (data.cache_dir)."
+            )
+        _build(cfg, model, folder, say)
+        return True
+
+
 def _build(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str], None]) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds something else than prepared data; choose another folder (data.cache_dir).")
     started = time.monotonic()
     listing = corpus.list_files(cfg)
     tally = corpus.Tally()
-    hashes, num_bytes = prepared.scan(cfg, listing, tally)
+    with progress("reading", None) as advance:
+        hashes, num_bytes = prepared.scan(cfg, listing, tally, advance)
     if not len(hashes):
         left_out = "; ".join(tally.rejected[:3]) or f"{tally.num_empty} empty documents"
-        raise UserError(f"no text in {', '.join(cfg.paths) or listing.root} ({left_out}); give other data.paths.")
+        where = ", ".join(shown(path) for path in cfg.paths) or listing.root
+        raise UserError(f"no text in {where} ({left_out}); give other data.paths.")
     rule = split.plan(hashes, cfg.heldout_fraction)
     _say_tally(listing, tally, say)
 
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_unfinished(partial)
     try:
         partial.mkdir(parents=True)
         tokenizer = _make_tokenizer(cfg, model, listing, rule, num_bytes, say)
@@ -119,7 +132,12 @@ def _build(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str
             "settings": prepared.settings(cfg, model),
             "sources": {"listing": prepared.stat_fingerprint(listing), "content": content, "bytes": num_bytes},
             "counts": counts,
-            "left_out": {"files": listing.num_ignored, "empty": tally.num_empty, "rejected": tally.rejected[:100]},
+            "tokenizer": prepared.file_sha256(partial / TOKENIZER_NAME),
+            "left_out": {
+                **{why: names.count for why, names in listing.left_out.items()},
+                "empty": tally.num_empty,
+                "rejected": tally.rejected,
+            },
             "split": dataclasses.asdict(rule),
             "tokenizers": tokenizers.__version__,
         }
@@ -147,13 +165,15 @@ def _write_shards(
 ) -> dict[str, dict[str, int]]:
     dtype = "uint16" if tokenizer.num_tokens <= 2**16 else "uint32"
     counts = {}
-    with progress("tokenising", num_bytes) as advance:
+    with progress("writing tokens", num_bytes) as advance:
         for side, name in enumerate(("train", "heldout")):
             counts[name] = {"documents": 0, "tokens": 0, "bytes": 0}
             texts = _texts(cfg, listing, rule, side)
             shards.write(folder / name, _encoded(tokenizer, texts, counts[name], advance), dtype=dtype)
             if not counts[name]["documents"]:
                 raise UserError(f"the corpus of {num_bytes} bytes is too small to be split; give more (data.paths).")
+    if counts["train"]["bytes"] + counts["heldout"]["bytes"] != num_bytes:
+        raise UserError("the sources changed while they were read; leave them alone and start again.")
     return counts
 
 
@@ -174,11 +194,12 @@ def _make_tokenizer(
                 "set model.bos_id=0 and model.eos_id=1, or give data.tokenizer."
             )
         share = min(1.0, cfg.tokenizer_sample_bytes / num_bytes)
-        sample = min(num_bytes, cfg.tokenizer_sample_bytes) / 1e6
-        say(f"data: learning {model.vocab_size} tokens from {sample:.1f} MB of text")
+        sample = int(share * num_bytes)
+        say(f"data: learning {model.vocab_size} tokens from {sample / 1e6:.1f} MB of text")
         # The low half of the hash: the high half decides what is held out.
         texts = (t for t in _texts(cfg, listing, rule, 0) if (split.content_hash(t) & 0xFFFFFFFF) < share * 2**32)
-        made = tokenizer_module.train(texts, vocab_size=model.vocab_size)
+        with progress("learning tokens", None) as advance:
+            made = tokenizer_module.train(_counted(texts, advance), vocab_size=model.vocab_size)
     if made.num_tokens > model.vocab_size:
         raise UserError(
             f"the tokenizer {cfg.tokenizer} has {made.num_tokens} tokens, more than vocab_size={model.vocab_size}; "
@@ -197,6 +218,12 @@ def _texts(cfg: DataConfig, listing: corpus.Listing, rule: split.Split, side: in
         part = rule.parts(document.text)[side]
         if part:
             yield part
+
+
+def _counted(texts: Iterator[str], advance: Callable[[int], None]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        advance(len(text.encode()))
 
 
 def _encoded(
@@ -238,13 +265,13 @@ def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
 def _say_tally(listing: corpus.Listing, tally: corpus.Tally, say: Callable[[str], None]) -> None:
     for why, names in listing.left_out.items():
         more = ", …" if names.count > len(names.examples) else ""
-        say(f"data: left out: {names.count:,} {why} : {', '.join(names.examples)}{more}")
+        say(f"data: left out: {names.count:,} {why}: {', '.join(names.examples)}{more}")
     if tally.num_empty and listing.root is None:
-        say(f"data: {tally.num_empty} empty documents are left out")
+        say(f"data: left out: {tally.num_empty:,} empty documents")
     for message in tally.rejected[:10]:
         say(f"data: left out: {message}")
-    if len(tally.rejected) > 10:
-        say(f"data: {len(tally.rejected) - 10} more files, lines or rows are left out")
+    if tally.num_rejected > 10:
+        say(f"data: left out: {tally.num_rejected - 10:,} more files, lines or rows")
 
 
 def _check_expected(data: PreparedData, expected: Mapping[str, str]) -> None:
@@ -252,8 +279,8 @@ def _check_expected(data: PreparedData, expected: Mapping[str, str]) -> None:
     changed = [part for part, value in digest.items() if part in expected and expected[part] != value]
     if changed:
         raise UserError(
-            f"{data.folder} is not the data that this run has learned from ({', '.join(changed)} differ): bring it or "
-            f"the sources back as they were (and then delete {data.folder}), or use another --run-dir."
+            f"{shown(data.folder)} is not the data that this run has learned from ({', '.join(changed)} differ): bring "
+            f"it or the sources back as they were (and then delete {shown(data.folder)}), or use another --run-dir."
         )
 
 
@@ -267,18 +294,26 @@ def _copy_tokenizer(folder: Path, run_dir: Path) -> None:
     partial.replace(target)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    import fcntl
+def _remove_unfinished(partial: Path) -> None:
+    """Removes what a preparation that was killed left behind, and nothing else."""
+    if not os.path.lexists(partial):
+        return
+    if not partial.is_dir() or partial.is_symlink() or {child.name for child in partial.iterdir()} - _PARTS:
+        raise UserError(f"{shown(partial)} is not what an unfinished preparation leaves behind; move it elsewhere.")
+    shutil.rmtree(partial)
 
+
+@contextlib.contextmanager
+def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Lets one process in at a time; the lock goes with the process, however it ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"data: waiting for another process that prepares {shown(folder)}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

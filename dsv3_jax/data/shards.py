@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Integer, UInt64
 
 from dsv3_jax.config.check import UserError
+from dsv3_jax.config.paths import shown
+from dsv3_jax.data.stored import read_object, typed
 
 INDEX_NAME = "index.json"
 _FORMAT = 1
@@ -19,9 +21,9 @@ _HASHED_AT_OPEN_SIZE = 2**28
 def write(
     folder: Path, records: Iterable[Integer[np.ndarray, "_"]], *, dtype: str, max_shard_items: int = 2**27
 ) -> "Shards":
-    """Writes integer records into `folder` (made anew) as `dtype`, a new file when one holds `max_shard_items`.
+    """Writes integer records into `folder` as `dtype`, a new file when one holds `max_shard_items`.
 
-    The index is written last: a folder without it is not a set of shards.
+    The folder must not exist. The index is written last: a folder without it is not a set of shards.
     """
     folder.mkdir(parents=True)
     pending: list[np.ndarray] = []
@@ -45,21 +47,20 @@ def open_shards(folder: Path) -> "Shards":
     Raises:
         UserError: the index or a file is missing, truncated or altered.
     """
-    remedy = "delete the folder to prepare the data again"
+    advice = "delete the folder to prepare the data again"
     try:
-        index = json.loads((folder / INDEX_NAME).read_text())
-        if index["format"] != _FORMAT:
-            raise UserError(f"{folder} has shard format {index['format']}, this version reads {_FORMAT}; {remedy}.")
-        files, offsets = [], []
-        for entry in index["shards"]:
-            files.append(np.load(folder / entry["items"], mmap_mode="r", allow_pickle=False))
-            offsets.append(np.load(folder / entry["offsets"], allow_pickle=False))
-            if files[-1].shape != (entry["num_items"],) or offsets[-1].shape != (entry["num_records"] + 1,):
-                raise UserError(f"{folder / entry['items']} has not the size its index says; {remedy}.")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder} does not hold readable shards ({e}); {remedy}.") from e
+        index = read_object(folder / INDEX_NAME)
+        if index.get("format") != _FORMAT:
+            raise UserError(
+                f"{shown(folder)} has shard format {index.get('format')!r}, this version reads {_FORMAT}; {advice}."
+            )
+        entries = typed(index, "shards", list)
+        opened = [_open_shard(folder, entry, typed(index, "dtype", str)) for entry in entries]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{shown(folder)} does not hold readable shards ({e}); {advice}.") from e
+    files, offsets, hashes = zip(*opened, strict=True) if opened else ((), (), ())
     starts = np.cumsum([0, *(len(one) - 1 for one in offsets)])
-    shards = Shards(folder, tuple(files), tuple(offsets), starts, tuple(entry["sha256"] for entry in index["shards"]))
+    shards = Shards(folder, files, offsets, starts, hashes)
     if sum(one.nbytes for one in files) <= _HASHED_AT_OPEN_SIZE:
         shards.verify()
     return shards
@@ -103,9 +104,29 @@ class Shards:
         for found, offsets, expected in zip(self.files, self.offsets, self.sha256, strict=True):
             if _sha256(found, offsets) != expected:
                 raise UserError(
-                    f"a shard in {self.folder} was altered after it was written (its hash differs); "
+                    f"a shard in {shown(self.folder)} was altered after it was written (its hash differs); "
                     "delete the folder to prepare the data again."
                 )
+
+
+def _open_shard(folder: Path, entry: object, dtype: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Items, offsets and hash of one shard, checked against its entry in the index; ValueError where they differ."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"an entry of its index is a {type(entry).__name__}")
+    items = _open_array(folder / typed(entry, "items", str), dtype, typed(entry, "num_items", int))
+    offsets = _open_array(folder / typed(entry, "offsets", str), "uint64", typed(entry, "num_records", int) + 1)
+    if offsets[0] != 0 or offsets[-1] != len(items) or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"the offsets in {entry['offsets']} do not divide its items")
+    return items, offsets, typed(entry, "sha256", str)
+
+
+def _open_array(file: Path, dtype: str, length: int) -> np.ndarray:
+    if not file.is_file():  # opening a pipe would wait
+        raise ValueError(f"{file.name} is missing")
+    found = np.load(file, mmap_mode="r", allow_pickle=False)
+    if not isinstance(found, np.ndarray) or found.dtype.name != dtype or found.shape != (length,):
+        raise ValueError(f"{file.name} has not the {length} items of {dtype} that its index says")
+    return found
 
 
 def _write_shard(folder: Path, number: int, records: list[np.ndarray], dtype: str) -> dict[str, object]:

@@ -12,8 +12,9 @@ from jaxtyping import Int, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.config.check import UserError
-from dsv3_jax.config.paths import user_path
+from dsv3_jax.config.paths import shown, user_path
 from dsv3_jax.data.fim import FimIds
+from dsv3_jax.data.stored import read_object
 
 BOS, EOS, PAD = "<|bos_token|>", "<|eos_token|>", "<|pad_token|>"
 FIM_MARKS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
@@ -187,17 +188,19 @@ def load(path: str | Path, *, bos_id: int | None = 0, eos_id: int | None = 1) ->
     if file.is_dir():
         file = file / "tokenizer.json"
     try:
-        text = file.read_text(encoding="utf-8")
-        json.loads(text)
+        read_object(file)
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError as e:
-        raise UserError(f"{file} does not exist; give a tokenizer.json or a folder with one.") from e
+        raise UserError(f"{shown(file)} does not exist; give a tokenizer.json or a folder with one.") from e
     except (OSError, ValueError) as e:
-        raise UserError(f"{file} cannot be read as JSON ({e}); give a tokenizer.json.") from e
+        raise UserError(f"{shown(file)} cannot be read as JSON ({e}); give a tokenizer.json.") from e
     try:
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception as e:  # the library raises bare Exception
-        raise UserError(f"{file} is no tokenizer that tokenizers {tokenizers.__version__} reads ({e}).") from e
+        raise UserError(f"{shown(file)} is no tokenizer that tokenizers {tokenizers.__version__} reads ({e}).") from e
     for role, i in (("bos", bos_id), ("eos", eos_id)):
         if i is not None and inner.id_to_token(i) is None:
-            raise UserError(f"{file} has no token {i}, the model's {role}_id; set model.{role}_id to one of its ids.")
+            raise UserError(
+                f"{shown(file)} has no token {i}, the model's {role}_id; set model.{role}_id to one of its ids."
+            )
     return TextTokenizer(inner, bos_id=bos_id, eos_id=eos_id)

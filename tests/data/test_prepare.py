@@ -1,17 +1,24 @@
+import contextlib
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.prepare import main, prepare
+from dsv3_jax.data.prepared import open_prepared
 
 
 def _lines():
@@ -120,6 +127,43 @@ def test_leftovers_of_a_killed_preparation_are_replaced(cfg, model, prepared, tm
     assert not (tmp_path / ".data.partial").exists()
 
 
+def test_only_leftovers_of_a_preparation_are_removed(cfg, model, tmp_path):
+    (tmp_path / ".data.partial").mkdir()
+    (tmp_path / ".data.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"\.data\.partial is not what an unfinished preparation leaves behind"):
+        prepare(cfg, model, tmp_path, say=lambda line: None)
+    assert (tmp_path / ".data.partial" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_given_up_preparation_is_taken_over(cfg, model, prepared, tmp_path, monkeypatch):
+    """As at a signal: the thread that prepares is left alone at some point, and goes on for a while."""
+    reached, given_up = threading.Event(), threading.Event()
+    train = tokenizer.train
+
+    def slow(*args, **kwargs):
+        reached.set()
+        given_up.wait()
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "train", slow)
+    results, said = [], []
+    threads = [
+        threading.Thread(target=lambda: results.append(prepare(cfg, model, tmp_path, say=said.append).digest()))
+        for _ in range(2)
+    ]
+    threads[0].start()
+    reached.wait()
+    threads[1].start()
+    while not any("waiting for another process" in line for line in said):
+        time.sleep(0.01)
+    assert not (tmp_path / "data").exists()
+    given_up.set()
+    for thread in threads:
+        thread.join()
+    assert results == [prepared.digest()] * 2
+    assert sum("ready in" in line for line in said) == 1
+
+
 def test_a_folder_of_something_else_is_left_alone(cfg, model, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("mine")
@@ -128,11 +172,58 @@ def test_a_folder_of_something_else_is_left_alone(cfg, model, tmp_path):
     assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_damaged_manifest_is_refused(cfg, model, tmp_path):
-    prepare(cfg, model, tmp_path, say=lambda line: None)
-    (tmp_path / "data" / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
+DAMAGED = {
+    "manifest.json": (lambda text: text[:-2], "manifest.json is damaged"),
+    "tokenizer.json": (lambda text: text.replace('"1.0"', '"1.1"'), "tokenizer.json was altered after it was written"),
+    "train/index.json": (lambda text: "[]", "does not hold readable shards .it holds a list, not an object"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_was_damaged_is_refused(cfg, model, prepared, tmp_path, name):
+    change, message = DAMAGED[name]
+    folder = shutil.copytree(prepared.folder, tmp_path / "data")
+    (folder / name).write_text(change((folder / name).read_text()))
+    with pytest.raises(UserError, match=message):
         prepare(cfg, model, tmp_path)
+
+
+def test_shards_of_other_data_are_refused(cfg, model, prepared, tmp_path):
+    folder = shutil.copytree(prepared.folder, tmp_path / "data")
+    shutil.rmtree(folder / "heldout")
+    shutil.copytree(folder / "train", folder / "heldout")
+    with pytest.raises(UserError, match="heldout has not the documents that manifest.json says"):
+        prepare(cfg, model, tmp_path)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(["manifest.json", "train/index.json", "heldout/index.json"]))
+def test_only_user_errors_leave_whatever_stands_in_the_files(cfg, model, prepared, tmp_path, data, name):
+    folder = tmp_path / "data"
+    if not folder.exists():
+        shutil.copytree(prepared.folder, folder)
+    whole = (prepared.folder / name).read_bytes()
+    content = node = json.loads(whole)
+    while True:
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if not isinstance(node[key], (dict, list)) or not node[key] or data.draw(st.booleans()):
+            break
+        node = node[key]
+    node[key] = data.draw(ANYTHING)
+    cut = data.draw(st.none() | st.integers(0, 200))
+    try:
+        (folder / name).write_bytes(json.dumps(content).encode()[:cut])
+        with contextlib.suppress(UserError):
+            open_prepared(cfg, model, folder)
+    finally:
+        (folder / name).write_bytes(whole)
 
 
 def test_a_full_disk_leaves_nothing_half_made(cfg, model, tmp_path):
@@ -175,6 +266,24 @@ def test_a_corpus_without_text_is_refused(model, tmp_path, content, message):
     assert not (tmp_path / "run" / "data").exists()
 
 
+def test_names_of_any_bytes_are_prepared_and_shown_on_any_terminal(model, folder_of_text, tmp_path):
+    source = shutil.copytree(folder_of_text, tmp_path / os.fsdecode(b"caf\xe9"))
+    (source / os.fsdecode(b"b\xe9\n.txt")).write_bytes(b"\xff")
+    (source / os.fsdecode(b"\xe9.txt")).write_text("good text\n")
+    said, say = _lines()
+    for _ in range(2):
+        prepare(DataConfig(paths=(str(source),), on_bad_file="skip"), model, tmp_path / "run", say=say)
+    assert all(line.isprintable() for line in said)
+    assert any(r"caf\xe9/b\xe9\n.txt, line 1: byte 0xff" in line for line in said)
+    assert not any("changed" in line for line in said)
+
+
+def test_a_corpus_of_which_everything_is_left_out_is_refused(model, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"no text in .*a\.txt, line 1: byte 0xff"):
+        prepare(DataConfig(paths=(str(tmp_path),), on_bad_file="skip"), model, tmp_path / "run")
+
+
 def test_what_is_skipped_is_said(model, folder_of_text, tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff")
@@ -189,11 +298,11 @@ def test_what_is_skipped_is_said(model, folder_of_text, tmp_path):
 def test_a_given_tokenizer_is_used(cfg, model, small_tokenizer, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(small_tokenizer.to_json(), encoding="utf-8")
-    given = dataclasses.replace(cfg, tokenizer=str(file))
-    found = prepare(given, model, tmp_path / "run", say=lambda line: None)
+    chosen = dataclasses.replace(cfg, tokenizer=str(file))
+    found = prepare(chosen, model, tmp_path / "run", say=lambda line: None)
     assert found.tokenizer.to_json() == small_tokenizer.to_json()
     with pytest.raises(UserError, match=r"has 400 tokens, more than vocab_size=300"):
-        prepare(given, dataclasses.replace(model, vocab_size=300), tmp_path / "other", say=lambda line: None)
+        prepare(chosen, dataclasses.replace(model, vocab_size=300), tmp_path / "other", say=lambda line: None)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(cfg, model, small_tokenizer, tmp_path):
@@ -213,10 +322,10 @@ def test_a_tokenizer_without_marks_needs_fim_off(cfg, model, tmp_path):
     inner.decoder = tokenizer.decoders.ByteLevel()
     file = tmp_path / "tokenizer.json"
     inner.save(str(file))
-    given = dataclasses.replace(cfg, tokenizer=str(file))
+    chosen = dataclasses.replace(cfg, tokenizer=str(file))
     with pytest.raises(UserError, match=r"set data\.fim_rate=0"):
-        prepare(given, model, tmp_path / "run", say=lambda line: None)
-    prepare(dataclasses.replace(given, fim_rate=0.0), model, tmp_path / "run", say=lambda line: None)
+        prepare(chosen, model, tmp_path / "run", say=lambda line: None)
+    prepare(dataclasses.replace(chosen, fim_rate=0.0), model, tmp_path / "run", say=lambda line: None)
 
 
 def test_bos_and_eos_must_be_where_a_trained_tokenizer_has_them(cfg, model, tmp_path):
@@ -237,8 +346,18 @@ def test_two_processes_at_once_make_it_once(cfg, folder_of_text, tmp_path):
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=600) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert sum("ready in" in errors for _, errors in outputs) == 1
+    assert len({lines.splitlines()[-1] for lines, _ in outputs}) == 1
+    assert sum("ready in" in lines for lines, _ in outputs) == 1
+    assert not any(errors for _, errors in outputs)
+
+
+def test_the_command_prints_what_it_does(folder_of_text, tmp_path, capsys):
+    chosen = ["--set", f"data.paths={folder_of_text}", "model.vocab_size=400"]
+    assert main(["--config", "configs/tiny.py", "--run-dir", str(tmp_path), *chosen]) == 0
+    out, err = capsys.readouterr()
+    assert "learning 400 tokens" in out
+    assert "ready in" in out
+    assert err == ""
 
 
 def test_the_command_reports_errors_with_exit_code_2(tmp_path, capsys):
