@@ -10,8 +10,9 @@ from dsv3_jax.config.check import check, check_finite
 class DataConfig:
     """Everything the data folder reads.
 
-    Sources. `paths`: files, folders or globs of text (.txt, .md, source code: a document a file), .jsonl (a line)
-    and .parquet (a row), the text of the last two in `text_field`; empty: the standard library's own sources.
+    Sources. `paths`: files, folders or globs of text (.txt, .md, source code: a document a file), .jsonl (a line),
+    .json (a record) and .parquet (a row), the text of the last three in `text_field`; all but .parquet also as .gz
+    and .zst; empty: the standard library's own sources.
     `on_bad_file`: "skip" leaves out and counts what cannot be read, "error" stops at it.
     `heldout_fraction`: share of the documents kept for evaluation, chosen by the hash of their content.
 
