@@ -47,6 +47,7 @@ class StopRequest:
         self._number = 0
         self._changed = threading.Condition()
         self._before: dict[signal.Signals, signal._HANDLER] = {}
+        self._given_up: threading.Thread | None = None
 
     @property
     def requested(self) -> bool:
@@ -75,10 +76,12 @@ class StopRequest:
             with self._changed:
                 self._changed.notify_all()
 
-        threading.Thread(target=call, daemon=True, name="call").start()
+        thread = threading.Thread(target=call, daemon=True, name="call")
+        thread.start()
         with self._changed:
             self._changed.wait_for(lambda: future.done() or self.requested)
         if not future.done():
+            self._given_up = thread
             self.check()
         return future.result()
 
@@ -101,6 +104,9 @@ class StopRequest:
         os.close(self._write_end)
         self._listener.join()
         os.close(self._read_end)
+        if self._given_up is not None:
+            # Most calls end by themselves soon, at their own `check`; an interpreter that ends under one may crash.
+            self._given_up.join(timeout=1.0)
 
     def _listen(self) -> None:
         while arrived := os.read(self._read_end, 1):
