@@ -167,12 +167,8 @@ def _model(config: Mapping[str, Any]) -> ModelConfig:
         "latent attention has one key and value for each head.",
     )
     num_layers, num_dense_layers = whole(config, "num_hidden_layers"), whole(config, "first_k_dense_replace")
-    mtp_depth = whole(config, "num_nextn_predict_layers", 0)
-    check(
-        mtp_depth == 0 or num_dense_layers <= num_layers,
-        f"config.json: first_k_dense_replace={num_dense_layers} makes the MTP module after {num_layers} layers dense, "
-        "but ours have experts; set num_nextn_predict_layers to 0 to read the main model.",
-    )
+    # With first_k_dense_replace beyond the layers an MTP module would be dense, but ours have experts.
+    mtp_depth = whole(config, "num_nextn_predict_layers", 0) if num_dense_layers <= num_layers else 0
     vocab_size = whole(config, "vocab_size")
     eos_ids = token_ids(config, "eos_token_id", vocab_size=vocab_size)
     check(

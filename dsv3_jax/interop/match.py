@@ -45,8 +45,8 @@ def match(folder: Path, cfg: ModelConfig, stored: dict[str, StoredTensor], block
     repeat the main model's embedding and head, `cfg.mtp_depth` is 0 and the main model is loaded without them.
 
     Raises: `CheckpointError` naming file and tensor for a main tensor that is missing, misshapen, of a type that is not
-        read, or without its scales; for scales that are not positive, for a router bias that is not finite, and for a
-        tensor that has no place.
+        read, or without its scales; for scales that are negative or not finite, for a router bias that is not finite,
+        and for a tensor that has no place.
     """
     left = dict(stored)
     main_cfg = dataclasses.replace(cfg, mtp_depth=0)
@@ -56,7 +56,7 @@ def match(folder: Path, cfg: ModelConfig, stored: dict[str, StoredTensor], block
     if rest:
         raise _no_place(left, rest, main_cfg.num_layers)
     if cfg.mtp_depth == 0:
-        reason = f"{len(optional)} tensors of MTP modules, as num_nextn_predict_layers is 0" if optional else ""
+        reason = f"{len(optional)} tensors of MTP modules, which this config.json does not announce" if optional else ""
         return Match(main_cfg, main, reason)
     try:
         modules = list(_find_modules(folder, cfg, left, block))
@@ -117,9 +117,9 @@ def _find_scale(
     _check_type(scale, SCALES)
     _check_shape(scale, tuple(-(-size // n) for size, n in zip(tensor.shape, block, strict=True)))
     values = scale.read().astype(np.float32)
-    if not (np.isfinite(values) & (values > 0)).all():
+    if not (np.isfinite(values) & (values >= 0)).all():
         raise CheckpointError(
-            f"{scale.file}: scale {scale.name!r} holds a value that is not a positive number; the file is damaged, "
+            f"{scale.file}: scale {scale.name!r} holds a value that is negative or not finite; the file is damaged, "
             "fetch it again."
         )
     return scale

@@ -45,7 +45,7 @@ def load_pretrained(
     Returns: (cfg, {"params": ..., "router_state": ...}).
     Raises: `ConfigError` for what `ModelConfig` cannot represent; `CheckpointError` naming file and tensor for a
         missing, truncated or contradictory file, a missing, unexpected or misshapen tensor, one of a type that is not
-        read, missing scales or scales that are not positive, or a router bias that is not finite.
+        read, missing, negative or infinite scales, or a router bias that is not finite.
     """
     check(dtype in ("float32", "bfloat16"), f"dtype={dtype!r} cannot be loaded; use 'float32' or 'bfloat16'.")
     folder = user_path(folder)

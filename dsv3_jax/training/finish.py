@@ -71,7 +71,7 @@ def finish(
     if results or baselines:
         console.print(results_table(results, baselines))
     attempt("the picture", _draw, run, run.run_dir / PLOT_NAME, results.get(MODEL), baselines)
-    attempt("the HF folder", _export, run, run.run_dir / HF_NAME)
+    attempt("the HF folder", _export, run, stop, run.run_dir / HF_NAME)
     seed = int(np.asarray(run.state.key)[-1] & 0x7FFFFFFF)
     model = (run.cfg, run.data.tokenizer, run.state.variables)
     text = attempt("the sample", sample_text, *model, generate, seed=seed)
@@ -144,9 +144,16 @@ def _draw(run: Run, path: Path, result: Evaluation | None, baselines: Mapping[st
     plot_run(path, title, read_rows(run.run_dir / METRICS), heldout, baselines, run.cfg.model.mtp_depth)
 
 
-def _export(run: Run, folder: Path) -> None:
-    tokenizer = run.run_dir / "tokenizer.json"
-    save_pretrained(folder, run.cfg.model, run.state.variables, "bfloat16", tokenizer=tokenizer, overwrite=True)
+def _export(run: Run, stop: StopRequest, folder: Path) -> None:
+    save_pretrained(
+        folder,
+        run.cfg.model,
+        run.state.variables,
+        "bfloat16",
+        tokenizer=run.run_dir / "tokenizer.json",
+        overwrite=True,
+        check_stop=stop.check,
+    )
 
 
 def _heldout(run: Run, max_batches: int) -> Iterator[Batch]:

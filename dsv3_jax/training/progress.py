@@ -116,8 +116,8 @@ class ProgressBar:
         percent = 100 * tokens // self._total
         if self._has_bar or (is_early and tokens < self._total) or percent // 5 == self._last_percent // 5:
             return
-        done = f"training {percent:3d} %  step {row['step']}  loss {row['main_loss']:.4f}"
-        self.say(f"{done}  {speed:,.0f} tokens/s  {seconds_left / 60:.1f} min left")
+        done = f"training {percent:3d} %  step {row['step']}  loss {row['main_loss']:.4f}  {speed:,.0f} tokens/s"
+        self.say(f"{done}  {left}" if tokens < self._total else done)  # the results announce themselves
         self._last_percent = percent
 
     def say(self, text: str) -> None:

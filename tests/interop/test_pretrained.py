@@ -128,7 +128,7 @@ def bad_scale(value: float):
 
 
 WITHOUT_MTP = {
-    "not announced": (lambda t: None, 0, r"\d+ tensors of MTP modules, as num_nextn_predict_layers is 0"),
+    "not announced": (lambda t: None, 0, r"\d+ tensors of MTP modules, which this config.json does not announce"),
     "absent, as transformers saves": (
         lambda t: [t.pop(name) for name in list(t) if name.startswith(M)],
         1,
@@ -144,7 +144,7 @@ WITHOUT_MTP = {
     "misshapen": (lambda t: t.update({M + "enorm.weight": np.ones(3, np.float32)}), 1, "enorm.weight' has shape"),
     "of a type that is not read": (lambda t: t.update({M + "enorm.weight": np.ones(64, np.int32)}), 1, "dtype I32"),
     "with parts of another kind": (lambda t: t.update({M + "x": np.ones(3, np.float32)}), 1, f"'{M}x' .* no place"),
-    "damaged scale": (bad_scale(np.nan), 1, "not a positive number"),
+    "damaged scale": (bad_scale(np.nan), 1, "negative or not finite"),
 }
 
 
@@ -232,8 +232,8 @@ NORM = "model.layers.0.input_layernorm.weight"
 E4M3 = ml_dtypes.float8_e4m3fn
 BROKEN_C = {
     **{
-        f"scale {value}": (with_scale(value), rf"scale '{DOWN}_scale_inv' holds a value that is not a positive number")
-        for value in (np.nan, np.inf, -1.0, 0.0)
+        f"scale {value}": (with_scale(value), rf"scale '{DOWN}_scale_inv' holds a value that is negative or not finite")
+        for value in (np.nan, np.inf, -1.0)
     },
     "integer scale": (
         lambda t: t.update({DOWN + SCALE_SUFFIX: np.ones((2, 1), np.int32)}),
