@@ -19,6 +19,7 @@ from dsv3_jax.config.load import from_dict
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.stored import complete
 from dsv3_jax.data.prepared import TOKENIZER_NAME, file_sha256
+from dsv3_jax.interop.json_file import shorten
 from dsv3_jax.model.params import init
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.training import checkpoint_files as files
@@ -210,7 +211,7 @@ def _variables(path: Path, run_dir: Path, use_average: bool) -> tuple[dict, dict
 
 def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
-        return ocp.load_checkpointables(str(path), wanted)
+        return ocp.load_checkpointables(str(path.absolute()), wanted)  # a relative path is not found to hold arrays
     except Exception as error:  # Orbax and tensorstore do not say what they raise
         raise CheckpointError(
             f"checkpoint {path} is whole but cannot be loaded ({_first_line(error)}): it holds other arrays than its "
@@ -250,7 +251,7 @@ def _empty(tree: Any, dtype: Any = None) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else '(no message)'}"
+    return f"{type(error).__name__}: {shorten(str(error).splitlines()[0]) if str(error) else '(no message)'}"
 
 
 def _free(folder: Path) -> str:

@@ -71,8 +71,10 @@ def resumed_at(cfg: RunConfig, run_dir: Path) -> tuple[int, list[str]]:
         return run.progress.step, said
 
 
-def test_the_stored_run_of_version_0_1_resumes_and_exports(golden: Path, stored: RunConfig, tmp_path: Path):
-    """With the losses that its own code went on with, and no data sources in sight."""
+def test_the_stored_run_of_version_0_1_resumes_and_exports(
+    golden: Path, stored: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With the losses that its own code went on with, and no data sources in sight; exported by relative paths."""
     run_dir, said = shutil.copytree(golden / "run_0_1", tmp_path / "run"), []
     with open_run(stored, run_dir, say=said.append) as run:
         assert run.progress == (5, 256)
@@ -90,9 +92,10 @@ def test_the_stored_run_of_version_0_1_resumes_and_exports(golden: Path, stored:
     np.testing.assert_allclose(losses, [6.863192558288574, 6.792407035827637], rtol=1e-4)
     assert any("before checkpoints named their data" in line for line in said)
     assert json.loads((run_dir / "checkpoints" / "000000000007" / HOST).read_text())["digests"].keys()
+    monkeypatch.chdir(tmp_path)
     for folder, use_average in (("last", False), ("average", True)):
-        export(run_dir, tmp_path / folder, "bfloat16", use_average=use_average, say=said.append)
-        assert load_pretrained(tmp_path / folder)[0] == stored.model
+        export(run_dir.name, folder, "bfloat16", use_average=use_average, say=said.append)
+        assert load_pretrained(folder)[0] == stored.model
 
 
 def test_data_made_again_must_be_what_the_run_has_learned_from(run_dir: Path, stored: RunConfig, sources: Path):
