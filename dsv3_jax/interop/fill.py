@@ -8,6 +8,7 @@ rows whose length is a power of two would fall on one another in the cache, whic
 import contextlib
 import itertools
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,13 @@ from dsv3_jax.interop.convert import official_view
 from dsv3_jax.interop.json_file import CheckpointError, open_file
 from dsv3_jax.interop.match import Found
 from dsv3_jax.interop.safetensors_io import DTYPES
+from dsv3_jax.model.params import ParamSpec
 from dsv3_kernels.quantize import QTensor, dequantize_tiles
 
 _CHUNK_BYTES, _MIN_ROWS, _MAX_ROWS = 2**21, 64, 512
 _BATCH_BYTES = 2**24
 _CACHE_LINE = 64
+_MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
 
 
 def fill(
@@ -35,11 +38,11 @@ def fill(
     *,
     advance: Callable[[int], None],
 ) -> None:
-    """Brings every tensor of `found` to its place in `arrays`; `advance` is told the bytes read.
+    """Brings every tensor of `found` to its place in `arrays`, all zeros; `advance` is told the bytes read.
 
     Raises: `CheckpointError` when a file has shrunk or cannot be read.
     """
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = _num_cores()
     buffers: SimpleQueue[_Buffers] = SimpleQueue()
     for _ in range(workers):
         buffers.put(_Buffers(_Buffer(), _Buffer()))
@@ -90,7 +93,7 @@ class _Buffer:
         if row_bytes not in self._views or count > len(self._views[row_bytes][1]):
             pitch = -(-row_bytes // _CACHE_LINE) * _CACHE_LINE + _CACHE_LINE
             if count * pitch > self._memory.size:
-                self._memory = aligned_empty((count * pitch,), np.dtype(np.uint8))
+                self._memory = _zeros((count * pitch,), np.dtype(np.uint8))
                 self._views.clear()
             padded = self._memory[: count * pitch].reshape(count, pitch)[:, :row_bytes]
             self._views[row_bytes] = padded, [memoryview(row) for row in padded]
@@ -105,12 +108,27 @@ class _Buffers(NamedTuple):
     converted: _Buffer
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array at a multiple of 64 bytes, which JAX takes over on a CPU without a copy."""
+def zeros(specs: dict[str, ParamSpec]) -> dict[str, np.ndarray]:
+    """An array for each spec, at a multiple of 64 bytes, which JAX takes over on a CPU without a copy.
+
+    Raises: MemoryError when there is no room for one.
+    """
+    with _threads(_num_cores()) as pool:
+        return dict(zip(specs, pool.map(lambda spec: _zeros(spec.shape, spec.dtype), specs.values()), strict=True))
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Its pages come from the system at once, a third cheaper than one by one as they are first written to."""
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _CACHE_LINE, np.uint8)
-    offset = -raw.ctypes.data % _CACHE_LINE
-    return raw[offset : offset + size].view(dtype).reshape(shape)
+    try:
+        pages = mmap.mmap(-1, max(size, 1), flags=_MEMORY)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"{size:,} bytes: {error}") from None
+    return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _place_on_disk(item: Found) -> tuple[Path, int]:
@@ -140,7 +158,10 @@ def _fill_part(
 ) -> None:
     item, row_bytes = part.item, _row_bytes(part.item)
     entry, tensor = item.entry, item.tensor
-    target = official_view(arrays[entry.path][entry.index], entry.input_axes)
+    stack, stored = arrays[entry.path], DTYPES[tensor.dtype]
+    if tensor.dtype == "BF16" and stack.dtype == np.float32:  # the upper half of a float32; the lower is zero, as here
+        stack, stored = stack.view(np.uint16)[..., 1::2], np.dtype(np.uint16)
+    target = official_view(stack[entry.index], entry.input_axes)
     target = target if target.ndim > 1 else target[None]
     step = min(max(_CHUNK_BYTES // 4 // max(1, row_bytes), 128), _CHUNK_BYTES // max(1, row_bytes), _MAX_ROWS)
     step = max(step // 16 * 16, _MIN_ROWS)
@@ -149,7 +170,7 @@ def _fill_part(
         stop = min(start + step, part.stop)
         raw, rows = buffers.raw.rows(stop - start, row_bytes)
         _read(stream, item, rows, row_bytes, tensor.start + start * row_bytes)
-        chunk = raw.view(DTYPES[tensor.dtype])
+        chunk = raw.view(stored)
         if item.scale is not None and block is not None:
             scales = item.scale.read(start // block[0], -(-stop // block[0]))
             chunk = np.asarray(dequantize_tiles(QTensor(chunk, scales), tile=block))
@@ -182,12 +203,7 @@ def _convert(chunk: np.ndarray, dtype: np.dtype, buffer: _Buffer) -> np.ndarray:
     """The chunk in `dtype`, in `buffer`."""
     rows, columns = chunk.shape
     converted = buffer.rows(rows, columns * dtype.itemsize)[0].view(dtype)
-    if chunk.dtype == DTYPES["BF16"] and dtype == np.float32:
-        words = converted.view(np.uint32)
-        words[...] = chunk.view(np.uint16)
-        np.left_shift(words, 16, out=words)
-    else:
-        converted[...] = chunk
+    converted[...] = chunk
     return converted
 
 

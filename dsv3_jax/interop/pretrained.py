@@ -11,7 +11,7 @@ import jax
 from dsv3_jax.config.check import check
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.paths import user_path
-from dsv3_jax.interop.fill import aligned_empty, fill
+from dsv3_jax.interop.fill import fill, zeros
 from dsv3_jax.interop.hf_config import fp8_block, from_hf
 from dsv3_jax.interop.hf_names import flatten, unflatten
 from dsv3_jax.interop.json_file import CheckpointError, read_json
@@ -55,11 +55,13 @@ def load_pretrained(
     if left_out:
         (say or _to_stderr)(f"{folder}: loaded with mtp_depth={cfg.mtp_depth}, without {left_out}")
     specs = flatten(abstract_params(cfg, dtype))
-    try:
-        arrays = {path: aligned_empty(spec.shape, spec.dtype) for path, spec in specs.items()}
-    except MemoryError as error:
-        raise CheckpointError(f"{folder}: the model does not fit into memory ({error}); load it as bfloat16.") from None
     with progress(f"loading {folder.name}", sum(item.tensor.stop - item.tensor.start for item in found)) as advance:
+        try:
+            arrays = zeros(specs)
+        except MemoryError as error:
+            raise CheckpointError(
+                f"{folder}: the model does not fit into memory ({error}); load it as bfloat16."
+            ) from None
         fill(arrays, found, block, advance=advance)
     return cfg, unflatten({path: jax.device_put(arrays.pop(path)) for path in list(arrays)})
 
