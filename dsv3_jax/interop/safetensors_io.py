@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.interop.json_file import MAX_BYTES, CheckpointError, open_file, parse_json, read_json, shorten
-from dsv3_jax.interop.strips import ahead, strips
+from dsv3_jax.interop.strips import Strips, ahead
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -184,12 +184,13 @@ def write_file(
     text += b" " * (-len(text) % 8)
 
     def pieces() -> Iterator[tuple[int, np.ndarray]]:
+        strips = Strips()
         for name, array in tensors:
             place, shape, dtype = start.pop(name)
             if array.shape != shape or array.dtype != np.dtype(dtype):
                 raise ValueError(f"{name}: got {array.dtype} {array.shape}, the header says {dtype} {shape}.")
             place += 8 + len(text)
-            for piece in strips(array):
+            for piece in strips.of(array):
                 yield place, piece
                 place += piece.nbytes
 

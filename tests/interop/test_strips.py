@@ -7,22 +7,32 @@ import numpy as np
 import pytest
 
 from dsv3_jax.interop import strips as module
-from dsv3_jax.interop.strips import ahead, strips
+from dsv3_jax.interop.strips import Strips, ahead
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
-@pytest.mark.parametrize("has_host", [True, False])
-def test_pieces_together_are_the_array(monkeypatch, dtype, has_host):
-    if not has_host:
-        monkeypatch.setattr(module, "_host", lambda: None)
-    for limit in ("_SMALL_BYTES", "_STRIP_BYTES", "_PIECE_BYTES"):
-        monkeypatch.setattr(module, limit, 64)
+def test_pieces_together_are_the_array(monkeypatch, dtype):
+    for limit, value in {"_STRIP_BYTES": 4096, "_TILE_ROWS": 16, "_TILE_BYTES": 1024, "_PIECE_BYTES": 64}.items():
+        monkeypatch.setattr(module, limit, value)
     x = np.random.default_rng(0).normal(size=(40, 600)).astype(dtype)
-    for array in (x, x.T, x[:, ::2], x[0], x[:0], x[:1].T, x.reshape(40, 2, 300)[:, 1].T, np.zeros((), dtype)):
-        pieces = list(strips(array))
-        assert b"".join(piece.tobytes() for piece in pieces) == array.tobytes()
-        assert all(piece.flags.c_contiguous and piece.dtype == np.uint8 for piece in pieces)
-    assert len(list(strips(x.T))) == 3
+    strips = Strips()
+    for array in (x, x.T, x[:, ::2], x[0, ::2], x[:0], x[:1].T, x.reshape(40, 2, 300)[:, 1].T, np.zeros((), dtype)):
+        data = b""
+        for piece in ahead(strips.of(array)):
+            assert piece.flags.c_contiguous
+            assert piece.dtype == np.uint8
+            data += piece.tobytes()
+        assert data == array.tobytes()
+
+
+def test_strips_take_turns_in_the_same_memory(monkeypatch):
+    monkeypatch.setattr(module, "_TILE_ROWS", 8)
+    monkeypatch.setattr(module, "_STRIP_BYTES", 1024)
+    strips = Strips()
+    places = [piece.ctypes.data for _ in range(2) for piece in strips.of(np.zeros((40, 32), np.float32).T)]
+    assert places[::2] == places[:1] * 4
+    assert places[1::2] == places[1:2] * 4
+    assert places[0] != places[1]
 
 
 def test_items_come_in_order_one_ahead_and_errors_come_too():
