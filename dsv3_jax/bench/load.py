@@ -1,10 +1,11 @@
-"""CPU time of loading an official folder, against the `safetensors` library that reads the same files and no more.
+"""CPU time of loading or saving an official folder, against the `safetensors` library on the same tensors.
 
     python -m dsv3_jax.bench.load FOLDER [FOLDER ...] [--dtype bfloat16]    # a table; --json for one object
 
-Both take turns in one process, after one reading each that brings the files into the page cache. The plain reader
-gives NumPy arrays as they are stored; `load_pretrained` also transposes, converts, dequantises and checks. Needs the
-`dev` extra.
+All take turns in one process, after one turn each that brings the files into the page cache. Loading: the library reads
+NumPy arrays as they are stored, which is the first peer, or converts them with `astype` too, the second;
+`load_pretrained` also transposes and checks. Saving: the peers are the library reading what was saved, or saving
+arrays that lie in the official order; `save_pretrained` also transposes and waits for the disk. Needs the `dev` extra.
 """
 
 import argparse
@@ -13,20 +14,23 @@ import importlib
 import importlib.metadata
 import json
 import resource
+import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import rich.console
 import rich.table
 
 from dsv3_jax.bench.machine import describe, peak_memory_gib
 from dsv3_jax.bench.timing import median_ratio, timed
 from dsv3_jax.config.check import UserError, check
-from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.interop.pretrained import load_pretrained, save_pretrained
 
 EXIT_USER_ERROR = 2
 
@@ -36,7 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parse(arguments)
     try:
         check(given.rounds > 0, f"--rounds {given.rounds} must be at least 1.")
-        rows = [measure(Path(folder), dtype, rounds=given.rounds) for folder in given.folders for dtype in given.dtype]
+        rows = [
+            measured(Path(folder), dtype, rounds=given.rounds)
+            for folder in given.folders
+            for dtype in given.dtype
+            for measured in (measure_loading, measure_saving)
+        ]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -50,16 +59,57 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(folder: Path, dtype: str, *, rounds: int = 5) -> dict[str, Any]:
-    """One row of what `--json` prints: medians over `rounds`.
-
-    `cpu_s` is user and system time of the process, all threads; `ratio` the median over rounds of ours by the plain
-    reader's.
+def measure_loading(folder: Path, dtype: str, *, rounds: int = 5) -> dict[str, Any]:
+    """One row of what `--json` prints, as `_row` describes it; the peers are "read" and "convert".
 
     Raises: `UserError` for a folder that cannot be loaded, or without the `safetensors` library.
     """
-    plain = plain_reader(folder)
-    programs: dict[str, Callable[[], Any]] = {"plain": plain, "ours": lambda: load_pretrained(folder, dtype)}
+    read = plain_reader(folder)
+    programs = {
+        "ours": lambda: load_pretrained(folder, dtype),
+        "read": read,
+        "convert": lambda: _converted(read(), dtype),
+    }
+    return _row(folder, f"load as {dtype}", _size(folder), programs, rounds)
+
+
+def measure_saving(folder: Path, dtype: str, *, rounds: int = 5) -> dict[str, Any]:
+    """The same for saving what `folder` holds in `dtype`; the peers are "read" and "save".
+
+    Raises: as `measure_loading`.
+    """
+    tensors = _converted(plain_reader(folder)(), dtype)
+    library: Any = importlib.import_module("safetensors.numpy")
+    cfg, variables = load_pretrained(folder, dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        written, ours, theirs = (Path(scratch, name) for name in ("written", "ours", "theirs"))
+        save_pretrained(written, cfg, variables, dtype)
+        programs = {
+            "ours": lambda: save_pretrained(ours, cfg, variables, dtype),
+            "read": plain_reader(written),
+            "save": lambda: library.save_file(tensors, theirs),
+        }
+
+        def clean() -> None:
+            shutil.rmtree(ours, ignore_errors=True)
+            theirs.unlink(missing_ok=True)
+
+        return _row(folder, f"save as {dtype}", _size(written), programs, rounds, clean)
+
+
+def _row(
+    folder: Path,
+    work: str,
+    num_bytes: int,
+    programs: dict[str, Callable[[], Any]],
+    rounds: int,
+    clean: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Medians over `rounds` of each program's CPU seconds (user and system, all threads) and wall seconds.
+
+    `ratio` has for each peer the median over rounds of our CPU seconds by its own. `clean` is called, not timed, after
+    each turn.
+    """
     cpu: dict[str, list[float]] = {name: [] for name in programs}
     wall: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
@@ -69,14 +119,15 @@ def measure(folder: Path, dtype: str, *, rounds: int = 5) -> dict[str, Any]:
             if number > 0:
                 cpu[name].append(_cpu_seconds() - before)
                 wall[name].append(seconds)
+            clean()
             gc.collect()
     return {
         "folder": folder.name,
-        "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        "dtype": dtype,
-        **{f"{name}_cpu_s": statistics.median(seconds) for name, seconds in cpu.items()},
-        **{f"{name}_wall_s": statistics.median(seconds) for name, seconds in wall.items()},
-        "ratio": median_ratio(cpu["ours"], cpu["plain"]),
+        "work": work,
+        "file_bytes": num_bytes,
+        "cpu_s": {name: statistics.median(seconds) for name, seconds in cpu.items()},
+        "wall_s": {name: statistics.median(seconds) for name, seconds in wall.items()},
+        "ratio": {name: median_ratio(cpu["ours"], seconds) for name, seconds in cpu.items() if name != "ours"},
     }
 
 
@@ -99,26 +150,35 @@ def plain_reader(folder: Path) -> Callable[[], Any]:
     return read
 
 
+def _converted(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    return {name: tensor.astype(dtype, copy=False) for name, tensor in tensors.items()}
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    table = rich.table.Table(title="loading: CPU seconds, wall seconds in brackets")
-    table.add_column("folder")
-    for column in ("GB", "loaded as", "safetensors", "load_pretrained", "times its CPU time"):
+    table = rich.table.Table(
+        title="CPU seconds per GB of file (wall seconds), and how many times the library's they are"
+    )
+    for column in ("folder", "work"):
+        table.add_column(column)
+    for column in ("GB", "ours", "reading", "times", "reading + astype, or save_file", "times"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
-        table.add_row(
-            row["folder"],
-            f"{row['file_bytes'] / 1e9:.2f}",
-            row["dtype"],
-            f"{row['plain_cpu_s']:.2f} ({row['plain_wall_s']:.2f})",
-            f"{row['ours_cpu_s']:.2f} ({row['ours_wall_s']:.2f})",
-            f"{row['ratio']:.2f}",
-        )
-    console = rich.console.Console()
+        size = row["file_bytes"] / 1e9
+        shown = {name: f"{row['cpu_s'][name] / size:.2f} ({row['wall_s'][name] / size:.2f})" for name in row["cpu_s"]}
+        cells = [shown["ours"]]
+        for peer, ratio in row["ratio"].items():
+            cells += [shown[peer], f"{ratio:.2f}"]
+        table.add_row(row["folder"], row["work"], f"{size:.2f}", *cells)
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     versions = " ".join(f"{name} {version}" for name, version in result["versions"].items())
     console.print(
@@ -129,10 +189,12 @@ def _print_table(result: dict[str, Any]) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.bench.load", description="CPU time of loading a folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3_jax.bench.load", description="CPU time of loading or saving a folder."
+    )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder in the official format")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=5, help="timed readings of each; the median counts")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each; the median counts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
 
