@@ -61,7 +61,7 @@ def skewed(state: TrainState, *, num_favoured: int, strength: float) -> TrainSta
 
 def loads(cfg: RunConfig, run_dir: Path, *, steps: int, bias_speed: float) -> np.ndarray:
     """Tokens of each expert in each step, int[steps, L, E], for the layers of the main model."""
-    data = prepare(cfg.data, cfg.model, run_dir)
+    data = prepare(cfg.data, cfg.model, run_dir, say=_to_stderr)  # standard output is for the results
     batches = make_train_iterator(
         cfg.data,
         data.tokenizer,
@@ -116,8 +116,12 @@ def plot(path: Path, found: dict[str, np.ndarray]) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for what the user can mend."""
+    """The command line; returns the exit code, 2 for what the user can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_jax.bench.balance", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
