@@ -15,8 +15,11 @@ T = TypeVar("T")
 WINDOW = 300
 """Steps whose mean speed the estimate of the time left goes by: fewer follow every disturbance, more are slow to."""
 
-FIRST_ESTIMATE = 5
-"""Steps before the first line with an estimate: a process's first steps are slower than those that follow."""
+SLOW_STEPS = 5
+"""A process's first steps, which are slower than those that follow; estimates forget them."""
+
+FIRST_ESTIMATE = 10
+"""Steps before the first line with an estimate."""
 
 ANNOUNCED_AFTER_S = 10.0
 """Work that takes longer is announced, and gets a bar on a terminal."""
@@ -42,6 +45,7 @@ class Clock:
     ) -> None:
         self._flops, self._peak, self._now = flops_per_token, peak_flops_per_s, now
         self._laps: collections.deque[tuple[int, float]] = collections.deque(maxlen=WINDOW)
+        self._num_laps = 0
         self._step_seconds, self._other_seconds, self._seconds_after = 0.0, 0.0, 0.0
         self.restart(progress)
 
@@ -50,6 +54,9 @@ class Clock:
         tokens, seconds = progress.tokens - self._tokens, self._since()
         self.restart(progress)
         self._laps.append((tokens, seconds))
+        self._num_laps += 1
+        if self._num_laps == SLOW_STEPS + 1:
+            self._laps = collections.deque([(tokens, seconds)], maxlen=WINDOW)
         self._step_seconds += seconds
         speed = tokens / max(seconds, 1e-9)
         return Speed(speed, mfu(speed, self._flops, self._peak))
