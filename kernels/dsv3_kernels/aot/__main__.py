@@ -18,12 +18,12 @@ from typing import NamedTuple
 import jax
 
 from dsv3_kernels import dispatch
-from dsv3_kernels.aot import case, judge, report, selfcheck
+from dsv3_kernels.aot import case, compile, judge, report, selfcheck
 
 README = Path(__file__).parents[2] / "README.md"
 TIMEOUT = 240.0
 """Seconds one case may take to compile."""
-KEPT = (".ptx", ".ptxas", ".sass_ctrl", ".mlir-passes.log")
+KEPT = (".ptx", ".ptxas", ".sass_ctrl", ".mlir-passes.log", compile.HLO, compile.MEMORY)
 
 
 class Result(NamedTuple):
@@ -33,6 +33,8 @@ class Result(NamedTuple):
     cost: judge.Cost | None
     faults: list[str]
     seconds: float
+    memory: str = ""
+    """Of the whole program, as `compile.describe_memory` writes it."""
 
 
 def main(arguments: list[str]) -> int:
@@ -101,7 +103,8 @@ def _compile_all(cases: list[case.AotCase], jobs: int) -> list[Result]:
             result = done.result()
             results[result.case.name] = result
             verdict = "FAILED" if result.faults else "good"
-            print(f"[{number}/{len(cases)}] {verdict:6} {result.seconds:5.1f} s  {result.case.name}", flush=True)
+            line = f"[{number}/{len(cases)}] {verdict:6} {result.seconds:5.1f} s  {result.case.name}"
+            print(f"{line}: {result.memory}" if result.memory else line, flush=True)
     return [results[each.name] for each in cases]
 
 
@@ -125,7 +128,8 @@ def _compile(each: case.AotCase) -> Result:
         cost = judge.read_cost(each, dump)
     except ValueError as error:
         return Result(each, None, [str(error)], time.monotonic() - start)
-    return Result(each, cost, judge.find_faults(each, cost, dump), time.monotonic() - start)
+    faults = judge.find_faults(each, cost, dump)
+    return Result(each, cost, faults, time.monotonic() - start, dump[compile.MEMORY])
 
 
 def _publish(table: str, options: argparse.Namespace) -> int:

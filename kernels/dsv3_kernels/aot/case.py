@@ -33,6 +33,8 @@ class AotCase(NamedTuple):
     must_not_contain: tuple[str, ...] = ()
     max_shared_bytes: int = 232448
     """227 KiB, all that a block of an H100 can have; less where two blocks must share an SM."""
+    expect: Callable[[str], list[str]] | None = None
+    """What is wrong with the whole compiled program, given its optimised HLO; `hlo.launches` counts what it starts."""
 
 
 def collect() -> list[AotCase]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dsv3_kernels.aot import sass
 from dsv3_kernels.aot.case import AotCase
+from dsv3_kernels.aot.compile import HLO
 
 
 class Cost(NamedTuple):
@@ -25,7 +26,7 @@ def read_cost(case: AotCase, dump: Mapping[str, str]) -> Cost:
     """Reads what Mosaic, ptxas and nvdisasm wrote.
 
     Args:
-        dump: text by file name: <kernel>.ptxas, .sass_ctrl and .mlir-passes.log for each kernel.
+        dump: text by file name: <kernel>.ptxas, .sass_ctrl and .mlir-passes.log for each kernel, and the program's HLO.
     Raises: ValueError where a report is missing or cannot be read.
     """
     kernels = sorted(name.removesuffix(".ptxas") for name in dump if name.endswith(".ptxas"))
@@ -56,4 +57,5 @@ def find_faults(case: AotCase, cost: Cost, dump: Mapping[str, str]) -> list[str]
         faults.append(f"takes {cost.shared_bytes} B of shared memory, over {case.max_shared_bytes}; take fewer stages")
     faults += [f"has no {pattern} in PTX or SASS" for pattern in case.must_contain if not re.search(pattern, code)]
     found = [re.search(pattern, code) for pattern in case.must_not_contain]
-    return faults + [f"has {each.group()} in PTX or SASS" for each in found if each]
+    faults += [f"has {each.group()} in PTX or SASS" for each in found if each]
+    return faults + (case.expect(dump[HLO]) if case.expect else [])

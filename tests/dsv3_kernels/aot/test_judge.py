@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_kernels.aot import judge, report
 from dsv3_kernels.aot.case import FP8_MMA, AotCase
+from dsv3_kernels.aot.compile import HLO
 
 CASE = AotCase("op 1", jnp.sin, (jax.ShapeDtypeStruct((1,), jnp.float32),), (FP8_MMA, r"div\.rn"), (r"div\.approx",))
 DUMP = {
@@ -51,6 +52,11 @@ def test_limit_of_shared_memory_is_the_case_s():
     assert faults(DUMP, CASE._replace(max_shared_bytes=1000)) == [
         "takes 1024 B of shared memory, over 1000; take fewer stages"
     ]
+
+
+def test_a_case_judges_the_whole_program():
+    dump = DUMP | {HLO: "HloModule jit_op"}
+    assert faults(dump, CASE._replace(expect=lambda hlo: [f"is {hlo}"])) == ["is HloModule jit_op"]
 
 
 def test_several_kernels_of_a_case_are_judged_together():

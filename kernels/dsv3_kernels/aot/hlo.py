@@ -1,0 +1,53 @@
+"""What a GPU is given to do by a compiled program, read from XLA's optimised HLO."""
+
+import re
+from collections import Counter
+
+KERNEL = "kernel"
+"""The name of a kernel of this package among launches."""
+_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.-]+) \(.*\{$", re.MULTILINE)
+_CALLED = re.compile(r"(?:to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONTROL = ("call", "while", "conditional")
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"
+)  # fmt: skip
+
+
+def launches(hlo: str) -> Counter[str]:
+    """How many operations of each kind the program starts: `KERNEL`, "fusion", "custom-call", "copy" and so on.
+
+    What loops and branches hold is counted once. Operations that only name memory start nothing.
+    """
+    computations = _computations(hlo)
+    found: Counter[str] = Counter()
+    pending = ["ENTRY"]
+    while pending:
+        for line in computations[pending.pop()].splitlines():
+            opcode = _opcode(line)
+            if opcode in _CONTROL:
+                pending += _CALLED.findall(line)
+                pending += [name.strip(" %") for names in _BRANCHES.findall(line) for name in names.split(",")]
+            elif opcode is not None and opcode not in _FREE:
+                found[KERNEL if 'custom_call_target="mosaic_gpu' in line else opcode] += 1
+    return found
+
+
+def _computations(hlo: str) -> dict[str, str]:
+    """The instructions of each computation, by its name; those of the whole program by "ENTRY"."""
+    heads = list(_COMPUTATION.finditer(hlo))
+    if not any(head[1] for head in heads):
+        raise ValueError(f"this is no HLO module with an entry: {hlo[:200]!r}")
+    return {"ENTRY" if head[1] else head[2]: hlo[head.end() : hlo.index("\n}", head.end())] for head in heads}
+
+
+def _opcode(line: str) -> str | None:
+    """The operation of `%name = type operation(...)`, or None where there is none; types may be tuples of types."""
+    _, equals, right = line.partition(" = ")
+    depth = 0
+    for index, letter in enumerate(right):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == " " and depth == 0:
+            opcode = re.match(r"[\w-]+", right[index + 1 :])
+            return opcode[0] if equals and opcode else None
+    return None
