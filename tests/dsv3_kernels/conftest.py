@@ -19,7 +19,8 @@ def interpreted(request: pytest.FixtureRequest, repository: Path) -> Callable[..
     """
 
     def run(*arguments: str) -> str:
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository / "kernels")}
+        paths = os.pathsep.join([str(repository), str(repository / "kernels")])
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
         environment.pop("XLA_FLAGS", None)  # one device is enough
         program = str(request.path.with_name("interpreted.py"))
         result = run_watched([sys.executable, program, *arguments], env=environment)

@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_kernels import check
 from dsv3_kernels.gpu.case import CheckCase, Comparison, check_cases, diff, fp8_comparisons, worst
-from dsv3_kernels.testing import calc_diff
+from tests.dsv3_kernels.errors import calc_diff
 
 
 def doubled(x: jax.Array, form: str) -> jax.Array:

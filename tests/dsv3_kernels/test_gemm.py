@@ -15,7 +15,7 @@ from dsv3_kernels import QTensor, dispatch, fp8_gemm, quantize_tiles
 from dsv3_kernels.gemm import api, cases
 from dsv3_kernels.gpu.case import fp8_limit
 from dsv3_kernels.operands import checked_operand
-from dsv3_kernels.testing import calc_diff
+from tests.dsv3_kernels.errors import calc_diff
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "fp8_gate.npz")
 SMALL = [case for case in cases.CASES if case.is_small]

@@ -20,7 +20,7 @@ from dsv3_kernels import (
 )
 from dsv3_kernels.gpu.case import fp8_limit
 from dsv3_kernels.grouped_gemm import api, cases
-from dsv3_kernels.testing import calc_diff
+from tests.dsv3_kernels.errors import calc_diff
 
 FORMS = ["reference", "xla"]
 SAME = 1e-10

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.precision import fp8_linear, plain
 from dsv3_kernels.quantize import dequantize_tiles, quantize_tiles
-from dsv3_kernels.testing import calc_diff
+from tests.dsv3_kernels.errors import calc_diff
 
 SHAPES = [(1, 160, 96), (97, 130, 257), (300, 256, 128), pytest.param((1025, 448, 160), marks=pytest.mark.slow)]
 

@@ -33,7 +33,7 @@ def combine_parts(
     *,
     interpret: Any = None,
 ) -> tuple[BFloat16[Array, "B R 512"], Float32[Array, "B R"]]:
-    """Twin of `combine.combine`, with the same bits at every run; R is a multiple of 4.
+    """Twin of the plain form that its tests have, with the same bits at every run; R is a multiple of 4.
 
     Rows of sequences that were not split are neither read nor written: the results are the memory of `out` and `lse`.
     """

@@ -109,7 +109,7 @@ def fp8_comparisons(
 
 
 def diff(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`testing.calc_diff` on the device: Σ(x - y)² / Σ(x² + y²), which float32 can tell from 0; NaN where x has one."""
+    """DeepGEMM's `calc_diff` on the device: Σ(x - y)² / Σ(x² + y²), which float32 can tell from 0; NaN if x has one."""
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     size = jnp.sum(x * x) + jnp.sum(y * y)
     return jnp.where(size == 0, jnp.float32(0), jnp.sum((x - y) ** 2) / jnp.where(size == 0, jnp.float32(1), size))

@@ -12,9 +12,9 @@ from dsv3_kernels import tiles
 from dsv3_kernels.aot.case import FP8_MMA, AotCase
 from dsv3_kernels.quantize import QTensor
 from dsv3_kernels.sm90 import kernel, padding, shapes
-from dsv3_kernels.sm90.model import Problem
 from dsv3_kernels.sm90.schedule import Carry, Position, Work, divide, for_each, make_grid
 from dsv3_kernels.sm90.tile import BLOCK_K, Tile
+from dsv3_kernels.tiles.model import Problem
 
 
 def grouped_fp8_gemm(

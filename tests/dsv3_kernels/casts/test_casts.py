@@ -14,7 +14,7 @@ import dsv3_kernels as kernels
 from dsv3_kernels import dispatch
 from dsv3_kernels.casts import bench, cases, reference
 from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
-from dsv3_kernels.testing import calc_diff
+from tests.dsv3_kernels.errors import calc_diff
 
 TOKEN, BLOCK = reference.TOKEN, reference.BLOCK
 OPS = ("cast_tokens", "swiglu_cast", "requantize_transposed", "cast_blocks")

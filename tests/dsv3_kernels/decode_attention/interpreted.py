@@ -16,13 +16,13 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_kernels.decode_attention.cases import LATENT_DIM, SOFTMAX_SCALE, DecodeCase, DecodeInputs, make_inputs
-from dsv3_kernels.decode_attention.combine import combine
 from dsv3_kernels.decode_attention.pallas_combine import combine_parts
 from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
 from dsv3_kernels.decode_attention.planner import plan_splits
 from dsv3_kernels.decode_attention.reference import mla_decode_reference
 from dsv3_kernels.latent_cache.fp8_rows import unpack_fp8_cache_rows
-from dsv3_kernels.testing import flash_mismatch
+from tests.dsv3_kernels.decode_attention.combine import combine
+from tests.dsv3_kernels.errors import flash_mismatch
 
 
 def given(num_queries: int, num_heads: int, *lengths: int, **options: bool) -> DecodeCase:

@@ -8,7 +8,7 @@ import pytest
 from dsv3_kernels.decode_attention.bench import bench_cases, check_cases, excess, finite_diff, make_inputs
 from dsv3_kernels.decode_attention.cases import GARBAGE_PAGE, LATENT_DIM, DecodeCase
 from dsv3_kernels.latent_cache.fp8_rows import unpack_fp8_cache_rows
-from dsv3_kernels.testing import flash_mismatch
+from tests.dsv3_kernels.errors import flash_mismatch
 
 
 @pytest.mark.parametrize("is_fp8", [False, True])

@@ -19,7 +19,7 @@ from dsv3_kernels.decode_attention.cases import (
 )
 from dsv3_kernels.decode_attention.reference import mla_decode_reference
 from dsv3_kernels.latent_cache.fp8_rows import unpack_fp8_cache_rows
-from dsv3_kernels.testing import flash_mismatch
+from tests.dsv3_kernels.errors import flash_mismatch
 
 decode = functools.partial(mla_decode, softmax_scale=SOFTMAX_SCALE)
 

@@ -7,8 +7,8 @@ import pytest
 
 from dsv3_kernels import dispatch
 from dsv3_kernels.decode_attention.cases import DecodeCase, make_inputs
-from dsv3_kernels.decode_attention.combine import combine
 from dsv3_kernels.decode_attention.planner import plan_splits
+from tests.dsv3_kernels.decode_attention.combine import combine
 
 if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
     pytest.skip(dispatch.why_no_pallas() or "", allow_module_level=True)

@@ -12,8 +12,8 @@ import numpy as np
 from dsv3_kernels.gpu.case import diff, worst
 from dsv3_kernels.gpu.timing import num_input_sets
 from dsv3_kernels.quantize import QTensor
-from dsv3_kernels.sm90.model import Problem
 from dsv3_kernels.sm90.tile import BLOCK_K, Tile
+from dsv3_kernels.tiles.model import Problem
 
 MOST_DIFFERENCE, MOST_ERROR = 1e-5, 1.0
 """Of `gpu.case.diff` and `gpu.case.worst` from the plain product of the same operands, as in `dsv3_kernels.check`."""

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv3_kernels import dispatch, tiles, tuning
-from dsv3_kernels.sm90 import model, trial
+from dsv3_kernels import dispatch, tiles
 from dsv3_kernels.sm90.tile import SHARED_LIMIT, Tile, output_slots, stage_bytes
+from dsv3_kernels.tiles import choice, model, trial, tuning
 
 
 @pytest.mark.parametrize("kind", sorted(tiles.FILES))
@@ -48,7 +48,7 @@ def test_a_shape_without_a_row_takes_the_tile_of_the_model():
 def test_a_tile_too_wide_for_the_output_is_passed_over(monkeypatch):
     problem = tiles.dense(4096, 4096, 7168, out_dtype=jnp.float32, is_b_scaled_by_row=False)
     row = {"kind": "dense", "problem": problem._asdict(), "tile": {"block_m": 256, "block_n": 128, "stages": 6}}
-    monkeypatch.setattr(tiles, "table", lambda kind: [row])
+    monkeypatch.setattr(choice, "table", lambda kind: [row])
     assert tiles.choose(tiles.DENSE, problem) == model.best_tile(problem)
 
 
@@ -122,13 +122,13 @@ def test_kernel_and_plain_form_of_a_trial_are_the_same_product(kind, monkeypatch
 
 
 def test_each_device_has_tables_of_its_own_and_h100_stands_in(tmp_path, monkeypatch):
-    assert tiles.device_folder() == "h100_sxm" or jax.devices()[0].platform == "gpu"
+    assert choice.device_folder() == "h100_sxm" or jax.devices()[0].platform == "gpu"
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
-    monkeypatch.setattr(tiles.jax, "devices", lambda: [device])
-    assert tiles.device_folder() == "nvidia_h200"
-    assert tiles.table(tiles.DENSE) == tiles._read("fp8_gemm", "h100_sxm")
-    monkeypatch.setattr(tiles.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(choice.jax, "devices", lambda: [device])
+    assert choice.device_folder() == "nvidia_h200"
+    assert tiles.table(tiles.DENSE) == choice._read("fp8_gemm", "h100_sxm")
+    monkeypatch.setattr(choice.importlib.resources, "files", lambda package: tmp_path)
     tuning._write(tmp_path / "tuned" / "nvidia_h200" / "fp8_gemm.json", [{"kind": "dense"}])
-    tiles._read.cache_clear()
+    choice._read.cache_clear()
     assert tiles.table(tiles.DENSE) == [{"kind": "dense"}]
-    tiles._read.cache_clear()
+    choice._read.cache_clear()

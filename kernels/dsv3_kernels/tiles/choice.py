@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_kernels.gpu import machine
-from dsv3_kernels.sm90 import model
-from dsv3_kernels.sm90.model import Problem
 from dsv3_kernels.sm90.tile import Tile, output_slots
+from dsv3_kernels.tiles import model
+from dsv3_kernels.tiles.model import Problem
 
 FOLDER, H100 = "tuned", "h100_sxm"
 FOLDERS = {"NVIDIA H100 80GB HBM3": H100}
@@ -74,7 +74,7 @@ def device_folder() -> str:
 
 @functools.cache
 def _read(name: str, folder: str) -> list[dict[str, Any]]:
-    tables = importlib.resources.files("dsv3_kernels").joinpath(FOLDER)
+    tables = importlib.resources.files("dsv3_kernels.tiles").joinpath(FOLDER)
     own = tables.joinpath(folder, f"{name}.json")
     path = own if own.is_file() else tables.joinpath(H100, f"{name}.json")
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
