@@ -38,6 +38,9 @@ BOUND_BY_PRODUCTS = 128
 WITHOUT_MULTICAST = (DecodeCase(128, 1, 128, 4096), DecodeCase(128, 1, 128, 32768))
 """Shapes at which the worth of sharing copies is told."""
 
+ONE_TILE = DecodeCase(1, 1, 64, 64)
+"""A page for one thread block: probabilities times latents, without multicast and without parts to combine."""
+
 MAX_DRAWN_PAGES = 8192
 """Pages of random numbers; a larger pool repeats them at other addresses, which no cache can tell."""
 
@@ -85,9 +88,10 @@ def check_cases() -> list[CheckCase]:
             make_inputs=functools.partial(make_inputs, case),
             run=functools.partial(_run, case),
             comparisons=_comparisons(case),
-            is_small=case in SMALL_CASES,
+            is_small=case is ONE_TILE or case in SMALL_CASES,
+            path="left operand in registers" if case is ONE_TILE else "",
         )
-        for case in (*SMALL_CASES, *CHECKED_CASES)
+        for case in (ONE_TILE, *SMALL_CASES, *CHECKED_CASES)
     ]
 
 

@@ -15,6 +15,7 @@ from dsv3_kernels.gemm.cases import (
     GRADIENT_CASES,
     HEADLINE,
     UGLY_CASES,
+    WEIGHT_GRADIENT,
     GemmCase,
     GemmInputs,
     make_inputs,
@@ -24,6 +25,7 @@ from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison, Published, d
 from dsv3_kernels.gpu.ceilings import bf16_product, fp8_product
 from dsv3_kernels.gpu.torch_peer.problems import TorchGemm
 from dsv3_kernels.quantize import quantize_tiles
+from dsv3_kernels.sm90.tile import Tile
 
 SOURCE = "DeepGEMM, H800"
 
@@ -51,6 +53,9 @@ DEEPGEMM = {
 
 TILES = ((1, 128), (128, 1), (128, 128))
 
+ONE_TILE_ADDED = GemmCase("one_tile_added", 64, 64, 128, "one tile", WEIGHT_GRADIENT, accumulates=True, is_small=True)
+ONE_CLUSTER = GemmCase("one_cluster", 64, 128, 128, "two tiles side by side", is_small=True)
+
 
 def bench_cases() -> list[BenchCase]:
     """The published table first, then the other forward shapes, then gradients."""
@@ -63,6 +68,8 @@ def check_cases() -> list[CheckCase]:
     powers = [case for case in HEADLINE if case.n == 4096]
     return [
         *(_check_quantiser(tile, scale) for tile in TILES for scale in ("float32", "ue8m0")),
+        _check_path("TMA add", ONE_TILE_ADDED, Tile(64, 64, 2)),
+        _check_path("multicast", ONE_CLUSTER, Tile(64, 64, 2, "n")),
         *(_check(case) for case in ordered),
         *(_check(case, scale="ue8m0") for case in powers),
     ]
@@ -100,7 +107,23 @@ def _check(case: GemmCase, scale: str = "float32") -> CheckCase:
             jax.jit(_exact), jax.jit(functools.partial(_run, case, implementation="xla")), case.m * case.n
         ),
         is_small=case.is_small,
+        is_plain=case.m == 0,
     )
+
+
+def _check_path(path: str, case: GemmCase, tile: Tile) -> CheckCase:
+    """With a tile that surely takes the path and no other one."""
+
+    def run(inputs: GemmInputs, form: str) -> Array:
+        if form != "pallas":
+            return _run(case, inputs, form)
+        from dsv3_kernels.gemm import pallas_sm90  # when first used, as in `api`
+
+        return pallas_sm90.fp8_gemm(
+            inputs.a, inputs.b, out_dtype=case.out_dtype, accumulate_into=inputs.accumulate_into, tile=tile
+        )
+
+    return _check(case)._replace(run=run, path=path)
 
 
 def _run(case: GemmCase, inputs: GemmInputs, implementation: str) -> Array:

@@ -5,14 +5,16 @@ An op folder takes part by a module `dsv3_kernels/<op>/bench.py` that offers
     bench_cases() -> list[BenchCase]      rows of `python -m dsv3_kernels.bench`
     check_cases() -> list[CheckCase]      comparisons of `python -m dsv3_kernels.check`
 
-Both are data: nothing is computed and no device is asked before a program runs them.
+Both are data: nothing is computed and no device is asked before a program runs them. The programs take ops in turns,
+so that whenever they are cut short every op has had its share.
 """
 
 import importlib
 import importlib.util
+import itertools
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,17 @@ import jax.numpy as jnp
 import dsv3_kernels
 from dsv3_kernels.gpu.torch_peer.problems import TorchProblem
 from dsv3_kernels.quantize import QTensor
+
+PATHS = (
+    "left operand in registers",
+    "accumulator with a start value",
+    "TMA add",
+    "multicast",
+    "FP8 conversion",
+    "aliased memory",
+)
+"""What a device may do otherwise than the compiler and the interpreter promise. One case of each, as small as can be,
+is checked before all others, and named, so that what hangs is known at once."""
 
 
 class Published(NamedTuple):
@@ -77,16 +90,48 @@ class CheckCase(NamedTuple):
     comparisons: tuple[Comparison, ...]
     is_small: bool = False
     """Whether a CPU can afford it."""
+    is_plain: bool = False
+    """Whether it is one for the plain forms alone: the kernel is not made for it. Any other that it refuses fails."""
+    path: str = ""
+    """One of PATHS, if this is the smallest case that takes it."""
+
+
+Case = TypeVar("Case", BenchCase, CheckCase)
 
 
 def bench_cases(ops: Sequence[str] = ()) -> list[BenchCase]:
-    """The rows of these ops, or all. Raises ValueError for an op that has none."""
-    return _selected([case for module in _modules() for case in _offered(module, "bench_cases")], ops)
+    """The rows of these ops, or all, in turns; of each op those with published figures first.
+
+    Raises: ValueError for an op that has none.
+    """
+    cases = _selected([case for module in _modules() for case in _offered(module, "bench_cases")], ops)
+    return in_turns(sorted(cases, key=lambda case: case.published is None))
 
 
-def check_cases(ops: Sequence[str] = ()) -> list[CheckCase]:
-    """The comparisons of these ops, or all. Raises ValueError for an op that has none."""
-    return _selected([case for module in _modules() for case in _offered(module, "check_cases")], ops)
+def check_cases(ops: Sequence[str] = (), module: str = "") -> list[CheckCase]:
+    """The comparisons of these ops, or all: one of each of PATHS, the other small ones in turns, then the large ones.
+
+    Args:
+        module: the name of a module whose `check_cases` gives them, in place of all op folders.
+    Raises: ValueError for an op or a module that has none.
+    """
+    modules = [module] if module else _modules()
+    cases = _selected([case for each in modules for case in _offered(each, "check_cases")], ops)
+    if module and not cases:
+        raise ValueError(f"module {module} offers no cases; define check_cases() -> list[CheckCase] in it.")
+    first = sorted((case for case in cases if case.path), key=lambda case: PATHS.index(case.path))
+    rest = [case for case in cases if not case.path]
+    small, large = ([case for case in rest if case.is_small == is_small] for is_small in (True, False))
+    return [*first, *in_turns(small), *in_turns(large)]
+
+
+def in_turns(cases: Sequence[Case]) -> list[Case]:
+    """One case of each op, then a second one of each, and so on; those of one op stay in their order."""
+    by_op: dict[str, list[Case]] = {}
+    for case in cases:
+        by_op.setdefault(case.op, []).append(case)
+    rounds = itertools.zip_longest(*by_op.values())
+    return [case for each in rounds for case in each if case is not None]
 
 
 def fp8_limit(num_outputs: int) -> float:
@@ -122,7 +167,7 @@ def different_bits(x: QTensor, y: QTensor) -> jax.Array:
 
 
 def worst(x: jax.Array, y: jax.Array) -> jax.Array:
-    """max |x - y| / (|y| / 128 + rms / 50), rms of the numbers of y that are not 0: one wrong element is above 1.
+    """max |x - y| / (|y| / 128 + rms / 50), rms of the elements of y that are not 0: one wrong element is above 1.
 
     bf16 rounds by |y| / 512 at most; Hopper's FP8 tensor cores keep 14 bits within a block of 128, which stays within
     some 0.005 rms.

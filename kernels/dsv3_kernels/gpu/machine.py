@@ -1,10 +1,13 @@
 """The GPU of this process, if there is one, and what a result must say of where it was measured."""
 
+import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,17 @@ def describe() -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "commit": _commit(),
     }
+
+
+def source_digest(modules: Iterable[str] = ()) -> str:
+    """What tells these sources from any others, committed or not: a digest of the package and of further modules."""
+    specs = [importlib.util.find_spec(name) for name in modules]
+    files = [*sorted(PACKAGE.rglob("*.py")), *sorted(PACKAGE.rglob("*.json"))]
+    files += [Path(spec.origin) for spec in specs if spec and spec.origin]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def results_folder() -> Path:

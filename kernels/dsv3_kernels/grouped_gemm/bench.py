@@ -95,6 +95,7 @@ def _check_contiguous(case: ContiguousCase) -> CheckCase:
             sum(case.blocks) * BLOCK * case.n,
         ),
         is_small=case.is_small,
+        is_plain=case.m == 0,
     )
 
 
@@ -200,6 +201,7 @@ def _check_contraction(case: ContractionCase) -> CheckCase:
             len(case.blocks) * case.m * case.n,
         ),
         is_small=case.is_small,
+        is_plain=case.k == 0,
     )
 
 

@@ -10,11 +10,14 @@ from jaxtyping import Array
 from dsv3_kernels.gpu.case import CheckCase, Comparison
 from dsv3_kernels.latent_cache import api
 from dsv3_kernels.latent_cache.cases import CASES, PAGE_SIZE, UGLY, Case
-from dsv3_kernels.latent_cache.fp8_rows import ROW_BYTES, unpack_fp8_cache_rows
+from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, ROPE_DIM, ROW_BYTES, unpack_fp8_cache_rows
 
 LIMITS = {False: 2.0**-7, True: 2.0**-5}
 """Of a row's error over its norm. Where a last bit of the mean turns a rounding, a number is a step of bfloat16 off; or
 a number of E4M3 an eighth, or a scale a step of bfloat16, which turns a few per cent of its tile."""
+
+ONE_ROW = Case("one_row", B=1, T=1, before=(63,))
+"""The last of a page, of V3's widths."""
 
 
 def check_cases() -> list[CheckCase]:
@@ -28,9 +31,11 @@ def check_cases() -> list[CheckCase]:
             comparisons=(
                 Comparison("worst row", jax.jit(functools.partial(run, form="reference")), worst_row, LIMITS[case.fp8]),
             ),
-            is_small=case in UGLY,
+            is_small=case in UGLY or case is ONE_ROW,
+            is_plain=(case.C, case.R) != (LATENT_DIM, ROPE_DIM),
+            path="aliased memory" if case is ONE_ROW else "",
         )
-        for case in (*UGLY, *(case._replace(T=min(case.T, 300)) for case in CASES))
+        for case in (ONE_ROW, *UGLY, *(case._replace(T=min(case.T, 300)) for case in CASES))
         for run in (functools.partial(_run, fp8_scale=case.fp8_scale),)
     ]
 
