@@ -28,6 +28,7 @@ from dsv3_kernels import (
     swiglu_cast,
 )
 from dsv3_kernels.quantize import dequantize_tiles
+from dsv3_kernels.varying import varying_alike
 
 BLOCK_ROWS = 128
 """Rows of a block of the plan: what a grouped GEMM asks for."""
@@ -48,7 +49,8 @@ def routed_experts(
     N tokens, their payload. The gradient of a weight is read off where it multiplies the hidden product, so the
     experts' outputs are not needed.
     """
-    return _routed(x.astype(dtype), params["gate_up"], params["down"], weights, plan, gradient_tile)
+    arguments = varying_alike(x.astype(dtype), params["gate_up"], params["down"], weights, plan)
+    return _routed(*arguments, gradient_tile)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -22,20 +22,22 @@ from dsv3_jax.precision.plain import swiglu
 from dsv3_jax.typing import Array, DType, Float
 from dsv3_kernels import QTensor, cast_blocks, cast_tokens, fp8_gemm, requantize_transposed, swiglu_cast
 from dsv3_kernels.quantize import dequantize_tiles
+from dsv3_kernels.varying import varying_alike
 
 
 def linear(
     x: Float[Array, "... A"], w: Float[Array, "A Z"], *, dtype: DType, gradient_tile: Tile = (1, 128)
 ) -> Float[Array, "... Z"]:
     """x·w in `dtype`, multiplied in FP8 in all three directions."""
-    return _linear(x.astype(dtype).reshape(-1, x.shape[-1]), w, gradient_tile).reshape(*x.shape[:-1], -1)
+    rows, w = varying_alike(x.astype(dtype).reshape(-1, x.shape[-1]), w)
+    return _linear(rows, w, gradient_tile).reshape(*x.shape[:-1], -1)
 
 
 def swiglu_linear(
     gate_up: Float[Array, "... F2"], w: Float[Array, "F Z"], *, dtype: DType, gradient_tile: Tile = (1, 128)
 ) -> Float[Array, "... Z"]:
     """swiglu(gate_up)·w; gate and up are kept in FP8 and their product is made again (report section 3.3.3)."""
-    rows = gate_up.astype(dtype).reshape(-1, gate_up.shape[-1])
+    rows, w = varying_alike(gate_up.astype(dtype).reshape(-1, gate_up.shape[-1]), w)
     return _swiglu_linear(rows, w, gradient_tile).reshape(*gate_up.shape[:-1], -1)
 
 
@@ -43,7 +45,8 @@ def attention_linear(
     x: Float[Array, "... A"], w: Float[Array, "A Z"], *, dtype: DType, gradient_tile: Tile = (1, 128)
 ) -> Float[Array, "... Z"]:
     """x·w, where x is what attention put out: kept in E5M6, all its scales powers of two (report section 3.3.3)."""
-    return _attention_linear(x.astype(dtype).reshape(-1, x.shape[-1]), w, gradient_tile).reshape(*x.shape[:-1], -1)
+    rows, w = varying_alike(x.astype(dtype).reshape(-1, x.shape[-1]), w)
+    return _attention_linear(rows, w, gradient_tile).reshape(*x.shape[:-1], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

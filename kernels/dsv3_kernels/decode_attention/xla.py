@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from dsv3_kernels.decode_attention.reference import to_floats
+from dsv3_kernels.varying import varying_as
 
 PAGES_PER_CHUNK = 16
 """1024 keys: matrices large enough for any backend; at batch 128 the gathered rows are 151 MB."""
@@ -62,6 +63,7 @@ def mla_decode_xla(
         jnp.zeros((B, S, H), jnp.float32),
         jnp.full((B, S, H), -jnp.inf, jnp.float32),
     )
+    start = varying_as(start, query, kv_pages, page_table, seq_lens)
     out, total, maximum = jax.lax.fori_loop(0, num_chunks, attend_to_chunk, start)
     has_keys = (last_visible >= 0)[:, :, None]
     total = jnp.where(has_keys, total, 1.0)

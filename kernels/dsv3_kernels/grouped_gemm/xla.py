@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_kernels.gemm import xla as dense
-from dsv3_kernels.operands import BLOCK, num_blocks, zeros_varying_as
+from dsv3_kernels.operands import BLOCK, num_blocks
 from dsv3_kernels.quantize import QTensor
+from dsv3_kernels.varying import varying_as
 
 
 def grouped_fp8_gemm(
@@ -24,7 +25,7 @@ def grouped_fp8_gemm(
         return jax.lax.cond(
             group >= 0,
             lambda: dense.fp8_gemm(rows, _group(b, group), out_dtype=out_dtype),
-            lambda: zeros_varying_as((BLOCK, N), out_dtype, *a, *b, block_group),
+            lambda: varying_as(jnp.zeros((BLOCK, N), out_dtype), a, b, block_group),
         )
 
     blocks = QTensor(a.values.reshape(-1, BLOCK, K), a.scales.reshape(-1, BLOCK, num_blocks(K)))
@@ -56,11 +57,11 @@ def grouped_fp8_gemm_k(
         product = jax.lax.cond(
             group >= 0,
             lambda: dense.fp8_gemm(own_a, own_b, out_dtype=jnp.float32),
-            lambda: zeros_varying_as((M, N), jnp.float32, *a, *b, block_group),
+            lambda: varying_as(jnp.zeros((M, N), jnp.float32), a, b, block_group),
         )
         return sums.at[jnp.maximum(group, 0)].add(product), None
 
-    sums = zeros_varying_as((num_groups, M, N), jnp.float32, *a, *b, block_group)
+    sums = varying_as(jnp.zeros((num_groups, M, N), jnp.float32), a, b, block_group)
     sums, _ = jax.lax.scan(add_block, sums, (_contraction_blocks(a), _contraction_blocks(b), block_group))
     return sums if accumulate_into is None else sums + accumulate_into
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from dsv3_kernels.varying import varying_as
+
 
 def write(
     kv_pages: Shaped[Array, "N Z W"],
@@ -34,6 +36,7 @@ def write(
         before = jax.lax.dynamic_slice(kv_pages, place, (1, 1, len(row)))
         return jax.lax.dynamic_update_slice(kv_pages, jnp.where(is_written, row, before), place)
 
+    kv_pages = varying_as(kv_pages, kv_down, norm_scale, cos, sin, page_table, starts, counts)
     return jax.lax.fori_loop(0, B * T, write_one, kv_pages)
 
 

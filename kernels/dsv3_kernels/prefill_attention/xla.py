@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_kernels.prefill_attention.reference import wide_dtype
 from dsv3_kernels.prefill_attention.visibility import query_positions, seen_keys
+from dsv3_kernels.varying import varying_alike, varying_as
 
 CHUNK = 256
 """Most queries whose scores exist at a time."""
@@ -48,7 +49,7 @@ def attend(
     softmax_scale: float,
 ) -> tuple[Float[Array, "B T H W"], Float[Array, "B H T"]]:
     """`mla_prefill` in memory linear in T and S."""
-    return _attend(softmax_scale, q, k, v, q_segment_ids, kv_segment_ids, q_starts)
+    return _attend(softmax_scale, *varying_alike(q, k, v, q_segment_ids, kv_segment_ids, q_starts))
 
 
 def softmax_delta(
@@ -102,6 +103,7 @@ def gradients(
     delta = jnp.moveaxis(softmax_delta(out, d_out, d_lse), 1, 2)
     every = Queries(q, q_segment_ids, jnp.moveaxis(lse, 1, 2), delta, d_out)
     d_k, d_v = jnp.zeros(k.shape, lse.dtype), jnp.zeros(v.shape, lse.dtype)
+    d_k, d_v = varying_as((d_k, d_v), every, k, v, kv_segment_ids, q_starts)
     d_qs = []
     for start, end, num_keys in _spans(T, S, q_starts):
         keys = _first(Keys(k, v, kv_segment_ids), num_keys)
