@@ -6,11 +6,8 @@ wrong or the README lacks a case, 2 the check itself cannot work.
 """
 
 import argparse
-import concurrent.futures
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +16,9 @@ import jax
 
 from dsv3_kernels import dispatch
 from dsv3_kernels.aot import case, compile, judge, report, selfcheck
+from dsv3_kernels.aot.jobs import Compiled, compile_all
 
 README = Path(__file__).parents[2] / "README.md"
-TIMEOUT = 240.0
-"""Seconds one case may take to compile."""
-KEPT = (".ptx", ".ptxas", ".sass_ctrl", ".mlir-passes.log", compile.HLO, compile.MEMORY)
 
 
 class Result(NamedTuple):
@@ -32,9 +27,6 @@ class Result(NamedTuple):
     case: case.AotCase
     cost: judge.Cost | None
     faults: list[str]
-    seconds: float
-    memory: str = ""
-    """Of the whole program, as `compile.describe_memory` writes it."""
 
 
 def main(arguments: list[str]) -> int:
@@ -52,15 +44,17 @@ def main(arguments: list[str]) -> int:
         return 0
     if not cases:
         return _give_up(f"no case has {options.only!r} in its name; --list names them")
-    if obstacle := _obstacle():
+    if obstacle := _obstacle(options.jobs):
         return _give_up(obstacle)
-    results = _compile_all(cases, options.jobs)
+    start = time.monotonic()
+    results = _judge_all(cases, options.jobs)
     failed = [each for each in results if each.faults]
     table = report.table((each.case.name, each.cost) for each in results if each.cost is not None)
     print(f"\n{table}\n")
     for each in failed:
         print(f"FAILED {each.case.name}: {'; '.join(each.faults)}")
-    print(f"compiled for sm_90a: {len(results) - len(failed)} passed, {len(failed)} failed")
+    minutes = (time.monotonic() - start) / 60
+    print(f"compiled for sm_90a in {minutes:.1f} min: {len(results) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else _publish(table, options)
 
 
@@ -80,56 +74,47 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _obstacle() -> str | None:
-    """Why the check cannot work: it must refuse a kernel that spills and multiplies nothing."""
-    result = _compile(selfcheck.aot_cases()[0])
-    if result.cost is None:
-        return (
-            f"the kernel of the self-check was not compiled: {'; '.join(result.faults)}. It needs the CUDA plugin of "
-            "jax, pip's nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-nvdisasm: make test-aot installs them."
-        )
-    if not result.cost.spill_bytes or len(result.faults) != 2:
-        return f"a kernel that spills without any QGMMA was judged {result.faults or 'good'}"
-    print(f"self-check: a bad kernel is refused ({'; '.join(result.faults)})", flush=True)
+def _obstacle(jobs: int) -> str | None:
+    """Why the check cannot work: it must refuse the bad kernels of the self-check, each for its reason."""
+    dumps = {}
+    for done in compile_all(selfcheck.aot_cases(), jobs):
+        if done.error:
+            return (
+                f"the kernel {done.case.name} was not compiled: {done.error}. It needs the CUDA plugin of jax, pip's "
+                "nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-nvdisasm: make test-aot installs them."
+            )
+        dumps[done.case.name] = done.dump
+    try:
+        surprises = selfcheck.surprises(dumps)
+    except ValueError as error:
+        return str(error)
+    if surprises:
+        return "; ".join(surprises)
+    refused = len(selfcheck.REFUSED) + len(selfcheck.ALTERED)
+    print(f"self-check: a good kernel passes, {refused} bad ones are refused, each for its reason", flush=True)
     return None
 
 
-def _compile_all(cases: list[case.AotCase], jobs: int) -> list[Result]:
+def _judge_all(cases: list[case.AotCase], jobs: int) -> list[Result]:
     """The results in the order of `cases`, with a line of progress for each as it comes."""
     results: dict[str, Result] = {}
-    with concurrent.futures.ThreadPoolExecutor(jobs) as threads:
-        pending = [threads.submit(_compile, each) for each in cases]
-        for number, done in enumerate(concurrent.futures.as_completed(pending), 1):
-            result = done.result()
-            results[result.case.name] = result
-            verdict = "FAILED" if result.faults else "good"
-            line = f"[{number}/{len(cases)}] {verdict:6} {result.seconds:5.1f} s  {result.case.name}"
-            print(f"{line}: {result.memory}" if result.memory else line, flush=True)
+    for number, done in enumerate(compile_all(cases, jobs), 1):
+        result = _judge(done)
+        results[done.case.name] = result
+        verdict = "FAILED" if result.faults else "good"
+        line = f"[{number}/{len(cases)}] {verdict:6} {done.seconds:5.1f} s  {done.case.name}"
+        print(f"{line}: {done.dump[compile.MEMORY]}" if done.dump else line, flush=True)
     return [results[each.name] for each in cases]
 
 
-def _compile(each: case.AotCase) -> Result:
-    """One case in a process and a folder of its own."""
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="aot-") as folder:
-        command = [sys.executable, "-m", "dsv3_kernels.aot.compile", each.name, folder]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-        except subprocess.TimeoutExpired:
-            return Result(each, None, [f"was not compiled within {TIMEOUT:.0f} s"], time.monotonic() - start)
-        if done.returncode:
-            last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-            fault = f"does not compile (exit {done.returncode}): {' / '.join(last) or 'no message'}"
-            return Result(each, None, [fault], time.monotonic() - start)
-        dump = {
-            path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir() if path.name.endswith(KEPT)
-        }
+def _judge(done: Compiled) -> Result:
+    if done.error:
+        return Result(done.case, None, [done.error])
     try:
-        cost = judge.read_cost(each, dump)
+        cost = judge.read_cost(done.case, done.dump)
+        return Result(done.case, cost, judge.find_faults(done.case, cost, done.dump))
     except ValueError as error:
-        return Result(each, None, [str(error)], time.monotonic() - start)
-    faults = judge.find_faults(each, cost, dump)
-    return Result(each, cost, faults, time.monotonic() - start, dump[compile.MEMORY])
+        return Result(done.case, None, [str(error)])
 
 
 def _publish(table: str, options: argparse.Namespace) -> int:

@@ -1,13 +1,17 @@
-"""One case compiled for an H100 that is not here: `python -m dsv3_kernels.aot.compile NAME FOLDER`.
+"""Cases compiled for an H100 that is not here: `python -m dsv3_kernels.aot.compile`, asked line by line.
 
-A process of its own, because Mosaic reads its dump folder from the environment, keeps kernels it has compiled, and
-aborts the process when its compiler fails. Needs the CUDA plugin of jax and pip's ptxas; no driver.
+A question is a line of JSON {"case": name, "folder": where its reports go}, an answer one of {"error": text or null}.
+What is printed meanwhile goes into the folder too.
+It is a process of its own, because Mosaic reads its dump folder from the environment and aborts the process when its
+compiler fails. Needs the CUDA plugin of jax and pip's ptxas; no driver.
 """
 
 import importlib.resources
+import json
 import os
 import resource
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,26 +25,48 @@ HLO = "program.hlo"
 MEMORY = "program.memory"
 """The file of the memory that it needs, in words."""
 
+LOG = "program.log"
+"""The file of what compilers print, of use when they end the process."""
+
 MEMORY_LIMIT = 4 * 2**30
-"""Bytes of data one compilation may allocate."""
+"""Bytes of data that this process may allocate."""
 
 
-def main(name: str, folder: str) -> None:
-    """Compiles the case `name` into `folder`.
-
-    Mosaic writes PTX, SASS and the report of ptxas there; XLA's optimised program and the memory it needs come beside.
-    """
+def main() -> None:
+    """Answers each line of standard input until there is none."""
+    answers = os.fdopen(os.dup(1), "w")
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
-    os.environ["MOSAIC_GPU_DUMP_TO"] = folder
     os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported: registers the plugin, looks for no driver
+    import jax
+
     from dsv3_kernels.aot import case, selfcheck
 
-    found = [each for each in [*selfcheck.aot_cases(), *case.collect()] if each.name == name]
-    if not found:
-        raise ValueError(f"case {name!r} is unknown; python -m dsv3_kernels.aot --list names them.")
-    compiled = compile_case(found[0])
-    (Path(folder) / HLO).write_text(compiled.as_text() or "", encoding="utf-8")
-    (Path(folder) / MEMORY).write_text(describe_memory(compiled), encoding="utf-8")
+    jax.config.update("jax_enable_compilation_cache", False)  # a program for no device cannot be loaded from it
+    cases = {each.name: each for each in [*selfcheck.aot_cases(), *case.collect()]}
+    for line in sys.stdin:
+        question = json.loads(line)
+        error = None
+        try:
+            write_reports(cases[question["case"]], Path(question["folder"]))
+        except Exception:  # noqa: BLE001  whatever lowering or compiling raises is this case's fault; the next goes on
+            error = traceback.format_exc()
+        jax.clear_caches()
+        print(json.dumps({"error": error}), file=answers, flush=True)
+
+
+def write_reports(case: "AotCase", folder: Path) -> None:
+    """Compiles a case into `folder`.
+
+    Mosaic writes PTX, SASS and the report of ptxas there; XLA's optimised program and the memory it needs come beside.
+    Raises: as `compile_case`.
+    """
+    with (folder / LOG).open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
+    compiled = compile_case(case)
+    (folder / HLO).write_text(compiled.as_text() or "", encoding="utf-8")
+    (folder / MEMORY).write_text(describe_memory(compiled), encoding="utf-8")
 
 
 def compile_case(case: "AotCase") -> "jax.stages.Compiled":
@@ -71,4 +97,4 @@ def describe_memory(compiled: "jax.stages.Compiled") -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main()

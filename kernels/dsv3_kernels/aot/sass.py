@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_LABEL = re.compile(r"^(\.L_x_\d+):")
+_LABEL = re.compile(r"^([.$][\w.$]+):")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][\w.]*)([^;/]*)")
-_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+_TARGET = re.compile(r"`\(([.$][\w.$]+)\)")
 
 
 class Instruction(NamedTuple):
@@ -29,6 +29,8 @@ class Block(NamedTuple):
 
     instructions: tuple[Instruction, ...]
     successors: tuple[int, ...]
+    callees: tuple[int, ...]
+    """Where what it calls begins, as a division does; it comes back."""
 
 
 class Resources(NamedTuple):
@@ -37,10 +39,12 @@ class Resources(NamedTuple):
     registers: int
     spill_bytes: int
     stack_bytes: int
+    losses: tuple[str, ...]
+    """What ptxas calls a potential loss of performance, such as products that it serialises."""
 
 
 def parse_resources(ptxas: str) -> Resources:
-    """Registers a thread, spilled bytes (stores and loads) and stack frame.
+    """Registers a thread, spilled bytes (stores and loads), stack frame, warnings of lost performance.
 
     Raises: ValueError if the text is not what `ptxas -v` prints.
     """
@@ -52,18 +56,8 @@ def parse_resources(ptxas: str) -> Resources:
         registers=max(map(int, registers)),
         spill_bytes=sum(int(stores) + int(loads) for _, stores, loads in stack),
         stack_bytes=sum(int(frame) for frame, _, _ in stack),
+        losses=tuple(re.findall(r"Potential Performance Loss: (.*)", ptxas)),
     )
-
-
-def parse_shared_bytes(mlir: str) -> int:
-    """Dynamic shared memory of a block, from the launch in Mosaic's MLIR.
-
-    Raises: ValueError if there is no launch.
-    """
-    sizes = re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", mlir)
-    if not sizes:
-        raise ValueError("Mosaic's MLIR launches no kernel with a constant size of shared memory")
-    return max(map(int, sizes))
 
 
 def parse_blocks(sass: str) -> list[Block]:
@@ -77,7 +71,8 @@ def parse_blocks(sass: str) -> list[Block]:
             start_of[label[1]] = len(groups) - 1
         elif found := _INSTRUCTION.search(line):
             _, predicate, opcode, operands = found.groups()
-            target = None if opcode.startswith("CALL") else _TARGET.search(operands)  # a call comes back
+            comes_back = opcode.startswith(("CALL", "LEPC"))
+            target = None if comes_back else _TARGET.search(operands)
             is_predicated = predicate is not None and predicate not in ("PT", "UPT")
             text = opcode + operands.rstrip()
             groups[-1].append(Instruction(opcode, is_predicated, target[1] if target else None, text))
@@ -92,7 +87,9 @@ def parse_blocks(sass: str) -> list[Block]:
             successors = []
         else:
             successors = following
-        blocks.append(Block(tuple(group), tuple(successors)))
+        calls = [_TARGET.search(instruction.text) for instruction in group if instruction.opcode.startswith("CALL")]
+        callees = [start_of[call[1]] for call in calls if call and call[1] in start_of]
+        blocks.append(Block(tuple(group), tuple(successors), tuple(callees)))
     return blocks
 
 

@@ -10,15 +10,22 @@ from dsv3_kernels.aot import judge, report
 from dsv3_kernels.aot.case import FP8_MMA, AotCase
 from dsv3_kernels.aot.compile import HLO
 
+SERIALIZED = (
+    "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+    "insufficient register resources for the wgmma pipeline in the function 'body'"
+)
 CASE = AotCase("op 1", jnp.sin, (jax.ShapeDtypeStruct((1,), jnp.float32),), (FP8_MMA, r"div\.rn"), (r"div\.approx",))
 DUMP = {
     "body_0.ptxas": "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nUsed 90 registers, 1 bytes smem",
     "body_0.ptx": "div.rn.f32 %f1, %f2, %f3;",
-    "body_0.mlir-passes.log": "dynamic_shared_memory_size %c1024_i32 {",
+    "body_0.mlir-passes.log": """
+    %size = arith.constant 1024 : i32 loc(#loc)
+    %launch = gpu.launch async [%token] blocks(%a) in (%b = %c) dynamic_shared_memory_size %size {
+""",
     "body_0.sass_ctrl": """
 .L_x_0:
         /*0000*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR16], R24
-        /*0010*/                   LDS R9, [R138+0x20]
+        /*0010*/                   LDS R9, [R38+0x20]
         /*0020*/              @P2 BRA `(.L_x_0)
         /*0030*/                   EXIT
 """,
@@ -39,9 +46,16 @@ def test_a_good_kernel_has_no_fault():
     ("file", "old", "new", "fault"),
     [
         ("body_0.ptxas", "0 bytes spill loads", "8 bytes spill loads", "spills 8 bytes"),
-        ("body_0.mlir-passes.log", "c1024", "c232449", "232449 B of shared memory, over 232448"),
+        ("body_0.mlir-passes.log", "constant 1024", "constant 232449", "232449 B of shared memory, over 232448"),
         ("body_0.sass_ctrl", "QGMMA.64x128x32.F32.E4M3.E4M3", "HGMMA.64x128x16.F32", "has no QGMMA"),
         ("body_0.ptx", "div.rn.f32", "div.approx.f32", "has div.approx"),
+        ("body_0.ptxas", "Used", f"{SERIALIZED}\nUsed", "wgmma.mma_async instructions are serialized due to insuff"),
+        (
+            "body_0.sass_ctrl",
+            "LDS R9",
+            "USETMAXREG.DEALLOC.CTAPOOL 0x8\n        /*0011*/                   LDS R9",
+            "touches R87 after setmaxnreg 8",
+        ),
     ],
 )
 def test_each_fault_is_found(file, old, new, fault):
@@ -81,6 +95,9 @@ def test_a_missing_report_is_no_success():
         judge.read_cost(CASE, {})
     with pytest.raises(ValueError, match="no SASS"):
         judge.read_cost(CASE, DUMP | {"body_0.sass_ctrl": ""})
+    copying = DUMP["body_0.sass_ctrl"].replace("LDS R9, [R38+0x20]", "UTMALDG.2D [UR8], [UR4]")
+    with pytest.raises(ValueError, match="no descriptor was found"):
+        faults(DUMP | {"body_0.sass_ctrl": copying})
 
 
 def test_table_is_inserted_between_its_marks():
