@@ -17,7 +17,8 @@ _FREE = (
 def launches(hlo: str) -> Counter[str]:
     """How many operations of each kind the program starts: `KERNEL`, "fusion", "custom-call", "copy" and so on.
 
-    What loops and branches hold is counted once. Operations that only name memory start nothing.
+    What loops and branches hold is counted once. Operations that only name memory start nothing; an asynchronous one
+    counts where it starts.
     """
     computations = _computations(hlo)
     found: Counter[str] = Counter()
@@ -28,8 +29,9 @@ def launches(hlo: str) -> Counter[str]:
             if opcode in _CONTROL:
                 pending += _CALLED.findall(line)
                 pending += [name.strip(" %") for names in _BRANCHES.findall(line) for name in names.split(",")]
-            elif opcode is not None and opcode not in _FREE:
-                found[KERNEL if 'custom_call_target="mosaic_gpu' in line else opcode] += 1
+            elif opcode is not None and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+                is_kernel = 'custom_call_target="mosaic_gpu' in line
+                found[KERNEL if is_kernel else opcode.removesuffix("-start")] += 1
     return found
 
 

@@ -43,6 +43,8 @@ ENTRY %main.9 (a.1: f32[4,256]) -> f32[256,8] {
   %a.1 = f32[4,256]{1,0} parameter(0), sharding={mesh[], [{}, {}]}
   %pad_fusion = f32[256,8]{1,0} fusion(%a.1), kind=kLoop, calls=%fused_pad
   %view.1 = f32[2048]{0} bitcast(%pad_fusion)
+  %beside.1 = ((f32[2048]{0}), f32[8]{0}, u32[]) fusion-start(%view.1), kind=kLoop, calls=%fused_pad
+  %beside.2 = f32[8]{0} fusion-done(%beside.1)
   %while.1 = (s32[], f32[8]{0}) while(%start.1), condition=%condition.1, body=%body.1
   %branch.1 = f32[8]{0} conditional(%which.1, %a.1, %a.1), branch_computations={%left.1, %right.1}
   %call.1 = f32[8]{0} call(%view.1), to_apply=%called.1
@@ -53,7 +55,7 @@ ENTRY %main.9 (a.1: f32[4,256]) -> f32[256,8] {
 
 
 def test_loops_branches_and_calls_are_entered_but_not_fusions():
-    assert hlo.launches(PROGRAM) == {hlo.KERNEL: 3, "fusion": 2, "copy": 1, "custom-call": 1}
+    assert hlo.launches(PROGRAM) == {hlo.KERNEL: 3, "fusion": 3, "copy": 1, "custom-call": 1}
 
 
 def test_other_text_is_refused():
