@@ -24,7 +24,7 @@ def interpreted(request: pytest.FixtureRequest, repository: Path) -> Callable[..
         environment.pop("XLA_FLAGS", None)  # one device is enough
         program = str(request.path.with_name("interpreted.py"))
         result = run_watched([sys.executable, program, *arguments], env=environment)
-        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.returncode == 0, f"{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
         return result.stdout
 
     return run

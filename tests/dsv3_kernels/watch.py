@@ -11,7 +11,7 @@ from typing import IO
 
 
 class StuckError(AssertionError):
-    """A process stopped advancing and was ended; the message holds the stacks of its threads."""
+    """A process stopped advancing and was ended; the message holds its output and the stacks of its threads."""
 
 
 def run_watched(
@@ -58,7 +58,8 @@ def _wait_while_it_advances(
             process.send_signal(signal.SIGABRT)  # the fault handler writes every thread's stack
             process.wait()
             raise StuckError(
-                f"no output and less than {least_cpu} s of computing in {patience:.0f} s:\n{_read(streams[-1])[-5000:]}"
+                f"no output and less than {least_cpu} s of computing in {patience:.0f} s:\n"
+                + "\n".join(_read(stream)[-5000:] for stream in streams)
             )
         time.sleep(min(0.2, patience / 10))
 

@@ -1,5 +1,7 @@
 """The Hopper kernels of prefill attention, in the interpreter, and what they leave to XLA."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +19,17 @@ needs_pallas = pytest.mark.skipif(
 @needs_pallas
 @pytest.mark.parametrize(
     "names",
-    [["chunk of packed"], pytest.param(["one document", "unequal starts"], marks=pytest.mark.slow)],
-    ids=["packed", "the rest"],
+    [
+        ["drawn packed"],
+        pytest.param(["drawn", "chunk of packed", "one document", "unequal starts"], marks=pytest.mark.slow),
+    ],
+    ids=["drawn", "the rest"],
 )
 def test_kernels_agree_with_the_reference(names, interpreted) -> None:
-    assert len(interpreted(*names).splitlines()) == 5 * len(names)
+    _, *reports = map(json.loads, interpreted(*names).splitlines())
+    assert [report["name"] for report in reports] == names
+    for report in reports:
+        assert all(report["errors"][part] < most for part, most in report["most"].items()), report
 
 
 @needs_pallas
