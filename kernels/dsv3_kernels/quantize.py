@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
 
+from dsv3_kernels.derivative import without_gradient
 from dsv3_kernels.scales import E4M3_MAX, reciprocal_of, scale_of
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -55,6 +56,7 @@ def quantize_tiles(
         raise ValueError(f"tile={tile} must be two positive numbers of rows and columns, such as (1, 128).")
     if scale not in ("float32", "ue8m0"):
         raise ValueError(f"scale={scale!r} is unknown; use 'float32' or 'ue8m0'.")
+    x = without_gradient("quantize_tiles", x)
     xp = x.__array_namespace__()
     tiles = _tiles(x.astype(np.float32), tile)
     scales = scale_of(_amax(tiles), scale)

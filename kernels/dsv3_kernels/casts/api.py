@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_kernels import dispatch
-from dsv3_kernels.casts import reference
+from dsv3_kernels.casts import limits, reference
 from dsv3_kernels.quantize import E4M3, QTensor
 
 FLOATS = (jnp.bfloat16, jnp.float32)
@@ -34,7 +34,7 @@ def cast_tokens(x: Float[Array, "*batch M K"], *, scale: str = "float32", implem
     """
     _check_floats("cast_tokens", "x", x)
     _check_scale(scale)
-    return dispatch.run("cast_tokens", _forms("cast_tokens"), implementation, x, scale=scale)
+    return dispatch.run(TOKENS, implementation, x, scale=scale)
 
 
 def swiglu_cast(
@@ -54,7 +54,7 @@ def swiglu_cast(
             f"gate_up {gate_up.shape} of swiglu_cast has an odd last axis; it must be gate and up side by side, 2 F."
         )
     _check_scale(scale)
-    return dispatch.run("swiglu_cast", _forms("swiglu_cast"), implementation, gate_up, scale=scale)
+    return dispatch.run(SWIGLU, implementation, gate_up, scale=scale)
 
 
 def requantize_transposed(q: QTensor, *, scale: str = "float32", implementation: str | None = None) -> QTensor:
@@ -82,7 +82,7 @@ def requantize_transposed(q: QTensor, *, scale: str = "float32", implementation:
             f"of 1x128 have float32[{M}, {-(-K // 128)}], as cast_tokens makes them."
         )
     _check_scale(scale)
-    return dispatch.run("requantize_transposed", _forms("requantize_transposed"), implementation, q, scale=scale)
+    return dispatch.run(TRANSPOSED, implementation, q, scale=scale)
 
 
 def cast_blocks(w: Float[Array, "*batch N K"], *, scale: str = "float32", implementation: str | None = None) -> QTensor:
@@ -96,13 +96,15 @@ def cast_blocks(w: Float[Array, "*batch N K"], *, scale: str = "float32", implem
     """
     _check_floats("cast_blocks", "w", w)
     _check_scale(scale)
-    return dispatch.run("cast_blocks", _forms("cast_blocks"), implementation, w, scale=scale)
+    return dispatch.run(BLOCKS, implementation, w, scale=scale)
 
 
-def _forms(name: str) -> dict[str, Callable[..., QTensor]]:
-    """XLA fuses the reference as it stands, so that both names mean one form."""
+def _op(name: str, refuses: Callable[..., str | None], axes: str) -> dispatch.Op:
+    """XLA fuses the reference as it stands, so that both names mean one implementation."""
     plain = getattr(reference, name)
-    return {"reference": plain, "xla": plain, "pallas": functools.partial(_pallas, name)}
+    return dispatch.Op(
+        name, reference=plain, xla=plain, kernel=functools.partial(_pallas, name), refuses=refuses, axes=axes
+    )
 
 
 def _pallas(name: str, *args, **kwargs) -> QTensor:
@@ -111,6 +113,12 @@ def _pallas(name: str, *args, **kwargs) -> QTensor:
 
     module = pallas_sm90_transpose if name == "requantize_transposed" else pallas_sm90
     return getattr(module, name)(*args, **kwargs)
+
+
+TOKENS = _op("cast_tokens", limits.of_tokens, "...k -> ...k ...k")
+SWIGLU = _op("swiglu_cast", limits.of_swiglu, "...x -> ...f ...f")
+TRANSPOSED = _op("requantize_transposed", limits.of_transposed, "mk mk -> km km")
+BLOCKS = _op("cast_blocks", limits.of_blocks, "...nk -> ...nk ...nk")
 
 
 def _check_floats(op: str, name: str, x: jax.Array) -> None:

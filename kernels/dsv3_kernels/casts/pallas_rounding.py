@@ -9,8 +9,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_kernels.scales import E4M3_MAX, reciprocal_of, scale_of
 
-MOSAIC = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-
 
 def round_rows(x: jax.Array, amax: jax.Array, scale: str, layout: Any) -> tuple[jax.Array, jax.Array]:
     """Values and scales of x [rows, columns] float32 in `layout`, whose rows have the largest magnitudes `amax`."""

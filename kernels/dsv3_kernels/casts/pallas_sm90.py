@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from dsv3_kernels import launch
 from dsv3_kernels.aot.case import AotCase
 from dsv3_kernels.casts import cases
-from dsv3_kernels.casts.pallas_rounding import MOSAIC, round_rows, row_layout, store, to_e4m3
+from dsv3_kernels.casts.pallas_rounding import round_rows, row_layout, store, to_e4m3
 from dsv3_kernels.quantize import QTensor
 from dsv3_kernels.scales import reciprocal_of, scale_of
 
@@ -101,7 +102,7 @@ def cast_blocks(w: Float[Array, "*batch N K"], *, scale: str, interpret: object 
         store(values_ref.at[here], values)
         scales_ref[row, column] = s
 
-    values, scales = plgpu.kernel(
+    values, scales = launch.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct(stacked.shape, jnp.float8_e4m3fn),
@@ -109,7 +110,6 @@ def cast_blocks(w: Float[Array, "*batch N K"], *, scale: str, interpret: object 
         ),
         grid=(len(stacked) // 128, K // 128),
         grid_names=("row", "column"),
-        compiler_params=MOSAIC,
         interpret=interpret,
     )(stacked)
     return QTensor(values.reshape(w.shape), scales.reshape(*batch, N // 128, K // 128))
@@ -139,7 +139,7 @@ def _rows(count: int, what: str, most: int = ROWS[0]) -> int:
 
 def _kernel(body: Callable, count: int, rows: int, interpret: object) -> Callable:
     """A kernel that makes `count` rows of 128 values and their scales, `rows` in each block."""
-    return plgpu.kernel(
+    return launch.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((count, 128), jnp.float8_e4m3fn),
@@ -147,6 +147,5 @@ def _kernel(body: Callable, count: int, rows: int, interpret: object) -> Callabl
         ),
         grid=(count // rows,),
         grid_names=("tile",),
-        compiler_params=MOSAIC,
         interpret=interpret,
     )

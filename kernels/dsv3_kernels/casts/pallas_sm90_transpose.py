@@ -14,9 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3_kernels import launch
 from dsv3_kernels.aot.case import AotCase
 from dsv3_kernels.casts import cases
-from dsv3_kernels.casts.pallas_rounding import MOSAIC, round_rows, row_layout, store, swizzled
+from dsv3_kernels.casts.pallas_rounding import round_rows, row_layout, store, swizzled
 from dsv3_kernels.quantize import QTensor
 
 TILE, HALF = 128, 64
@@ -53,7 +54,7 @@ def requantize_transposed(q: QTensor, *, scale: str, interpret: object = None) -
             plgpu.copy_smem_to_gmem(half_ref.at[half], out_ref.at[channels, tokens])
         plgpu.wait_smem_to_gmem(0)
 
-    values, scales = plgpu.kernel(
+    values, scales = launch.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((K, M), jnp.float8_e4m3fn),
@@ -66,7 +67,6 @@ def requantize_transposed(q: QTensor, *, scale: str, interpret: object = None) -
             plgpu.SMEM((TILE,), jnp.float32),
             swizzled((2, HALF, TILE), jnp.float8_e4m3fn),
         ],
-        compiler_params=MOSAIC,
         interpret=interpret,
     )(q.values, q.scales)
     return QTensor(values, scales)

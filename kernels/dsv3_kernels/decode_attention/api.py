@@ -8,6 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Shaped
 
 from dsv3_kernels import dispatch
+from dsv3_kernels.decode_attention import limits
 from dsv3_kernels.decode_attention.reference import mla_decode_reference
 from dsv3_kernels.decode_attention.xla import mla_decode_xla
 from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, ROPE_DIM, ROW_BYTES
@@ -23,7 +24,16 @@ def _pallas(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
     return pallas_sm90.mla_decode_pallas(*args, **kwargs)
 
 
-FORMS = {"reference": mla_decode_reference, "xla": mla_decode_xla, "pallas": _pallas}
+OP = dispatch.Op(
+    "mla_decode",
+    reference=mla_decode_reference,
+    xla=mla_decode_xla,
+    kernel=_pallas,
+    refuses=limits.refuses,
+    axes="bshc bshr .z. b. b -> bshc bhs",
+    no_gradient="{op} cannot be differentiated: it serves decoding; train through mla_prefill, as dsv3_jax.model does, "
+    "and with the layers of dsv3_jax.precision.",
+)
 
 
 def mla_decode(
@@ -59,18 +69,20 @@ def mla_decode(
         NotImplementedError: `implementation="pallas"` where it cannot run.
     """
     _check(q_latent, q_rope, kv_pages, page_table, seq_lens)
+    q_latent, q_rope, kv_pages, page_table, seq_lens = map(
+        jnp.asarray, (q_latent, q_rope, kv_pages, page_table, seq_lens)
+    )
     num_keys = page_table.shape[1] * PAGE_SIZE
     return dispatch.run(
-        "mla_decode",
-        FORMS,
+        OP,
         implementation,
         q_latent,
         q_rope,
         kv_pages,
         page_table,
         jnp.clip(seq_lens, 0, num_keys),
-        softmax_scale=softmax_scale,
-        causal=causal,
+        softmax_scale=float(softmax_scale),
+        causal=bool(causal),
     )
 
 

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32, Shaped, UInt8
 
+from dsv3_kernels import launch
 from dsv3_kernels.decode_attention.pallas_bring import bf16_pages, bring
 from dsv3_kernels.decode_attention.pallas_bring_fp8 import fp8_pages
 from dsv3_kernels.decode_attention.pallas_layout import (
@@ -127,7 +128,7 @@ def attend(
 
     slots = 2 * G
     return Partials(
-        *plgpu.kernel(
+        *launch.kernel(
             body,
             out_type=[
                 jax.ShapeDtypeStruct((B, R, LATENT), jnp.bfloat16),
@@ -142,7 +143,7 @@ def attend(
             num_threads=3,
             thread_name="warpgroup",
             scratch_types=scratch_types(multicast=multicast),
-            compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+            approx_math=True,
             interpret=interpret,
         )(q_latent, q_rope, page_table, seq_lens, parts, *views)
     )

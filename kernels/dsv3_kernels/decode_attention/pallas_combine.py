@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
+from dsv3_kernels import launch
 from dsv3_kernels.aot.case import AotCase
 from dsv3_kernels.decode_attention.pallas_layout import LATENT, NEVER
 from dsv3_kernels.decode_attention.planner import Plan, plan_splits
@@ -67,15 +68,12 @@ def combine_parts(
                 lse_ref[seq, row] = jnp.where(has_keys, origin + jnp.log(divisor), jnp.inf)
 
     body.__name__ = "combine_parts"
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         body,
         out_type=(),
         grid=(num_parts, R // ROWS),
         grid_names=("part", "row_block"),
-        # No barriers around stores: every thread writes what no other thread reads.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
+        has_own_barriers=True,  # it needs none: every thread writes what no other thread reads
         interpret=interpret,
     )
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from dsv3_kernels import dispatch
-from dsv3_kernels.gemm import reference, xla
+from dsv3_kernels.gemm import limits, reference, xla
 from dsv3_kernels.operands import (
     BLOCK,
     check_contraction,
@@ -26,7 +26,14 @@ def _pallas(*args: Any, **kwargs: Any) -> Array:
     return pallas_sm90.fp8_gemm(*args, **kwargs)
 
 
-FORMS = {"reference": reference.fp8_gemm, "xla": xla.fp8_gemm, "pallas": _pallas}
+OP = dispatch.Op(
+    "fp8_gemm",
+    reference=reference.fp8_gemm,
+    xla=xla.fp8_gemm,
+    kernel=_pallas,
+    refuses=limits.refuses,
+    axes="mk mk nk nk mn -> mn",
+)
 
 
 def fp8_gemm(
@@ -35,6 +42,7 @@ def fp8_gemm(
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     accumulate_into: ArrayLike | None = None,
+    num_sms: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """Multiplies a [M, K] by the transpose of b [N, K] (DeepSeek-V3 report, section 3.3).
@@ -49,7 +57,8 @@ def fp8_gemm(
             [N, ceil(K/128)] of tile=(1, 128) (weight gradient).
         out_dtype: bfloat16 or float32; float32 with `accumulate_into`.
         accumulate_into: float32 [M, N] that the product is added to. Donate it to reuse its memory.
-        implementation: None for the fastest that runs here, or "reference", "xla", "pallas".
+        num_sms: multiprocessors that the kernel may use, to leave others to communication; None for all.
+        implementation: None for the fastest on the target, or "reference", "xla", "pallas".
     Returns: [M, N]. A NaN or infinity in a row of `a` stays in that row.
     Raises:
         ValueError: shapes or dtypes that do not fit, with the remedy.
@@ -67,4 +76,4 @@ def fp8_gemm(
             )
         shape = (a.values.shape[0], b.values.shape[0])
         accumulate_into = checked_accumulator(op, accumulate_into, shape=shape)
-    return dispatch.run(op, FORMS, implementation, a, b, out_dtype=out_dtype, accumulate_into=accumulate_into)
+    return dispatch.run(OP, implementation, a, b, accumulate_into, num_sms=num_sms, out_dtype=jnp.dtype(out_dtype))

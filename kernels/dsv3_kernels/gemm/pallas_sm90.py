@@ -21,9 +21,9 @@ from dsv3_kernels.tiles.model import Problem
 def fp8_gemm(
     a: QTensor,
     b: QTensor,
+    accumulate_into: Array | None = None,
     *,
     out_dtype: jax.typing.DTypeLike,
-    accumulate_into: Array | None = None,
     tile: Tile | None = None,
     num_sms: int | None = None,
     interpret: Any = None,
@@ -34,10 +34,8 @@ def fp8_gemm(
         tile: None for that of the tuned table.
         num_sms: thread blocks that run at once; None for those of the GPU.
         interpret: `plgpu.InterpretGPUParams` to run on a CPU.
-    Raises: NotImplementedError for an empty operand.
     """
     (M, K), N = a.values.shape, b.values.shape[0]
-    padding.check_sizes("fp8_gemm", K, M, N)
     is_b_scaled_by_row = row_tile(b) == 1
     if tile is None:
         problem = tiles.dense(M, N, K, out_dtype=out_dtype, is_b_scaled_by_row=is_b_scaled_by_row)

@@ -9,7 +9,7 @@ from dsv3_kernels.quantize import QTensor
 
 
 def fp8_gemm(
-    a: QTensor, b: QTensor, *, out_dtype: jax.typing.DTypeLike, accumulate_into: Array | None = None
+    a: QTensor, b: QTensor, accumulate_into: Array | None = None, *, out_dtype: jax.typing.DTypeLike
 ) -> Float[Array, "M N"]:
     """Σ over blocks k of (a_k · b_kᵀ) · a_scale[:, k] · b_scale[:, k], every sum in float32."""
     M, K = a.values.shape

@@ -21,7 +21,7 @@ from dsv3_kernels.varying import varying_as
 
 
 def fp8_gemm(
-    a: QTensor, b: QTensor, *, out_dtype: jax.typing.DTypeLike, accumulate_into: Array | None = None
+    a: QTensor, b: QTensor, accumulate_into: Array | None = None, *, out_dtype: jax.typing.DTypeLike
 ) -> Float[Array, "M N"]:
     """dequantised a · (dequantised b)ᵀ in float32, plus `accumulate_into`."""
     out = jnp.einsum("mk,nk->mn", dequantized(a), dequantized(b), precision=jax.lax.Precision.HIGHEST)

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from dsv3_kernels import dispatch
-from dsv3_kernels.grouped_gemm import reference, xla
+from dsv3_kernels.grouped_gemm import limits, reference, xla
 from dsv3_kernels.operands import (
     BLOCK,
     check_contraction,
@@ -33,21 +33,30 @@ def _pallas(op: str) -> Callable[..., Array]:
     return form
 
 
-FORMS = {
-    "reference": reference.grouped_fp8_gemm,
-    "xla": xla.grouped_fp8_gemm,
-    "pallas": _pallas("grouped_fp8_gemm"),
-}
-MASKED_FORMS = {
-    "reference": reference.grouped_fp8_gemm_masked,
-    "xla": xla.grouped_fp8_gemm_masked,
-    "pallas": _pallas("grouped_fp8_gemm_masked"),
-}
-K_FORMS = {
-    "reference": reference.grouped_fp8_gemm_k,
-    "xla": xla.grouped_fp8_gemm_k,
-    "pallas": _pallas("grouped_fp8_gemm_k"),
-}
+CONTIGUOUS = dispatch.Op(
+    "grouped_fp8_gemm",
+    reference=reference.grouped_fp8_gemm,
+    xla=xla.grouped_fp8_gemm,
+    kernel=_pallas("grouped_fp8_gemm"),
+    refuses=limits.refuses,
+    axes="mk mk gnk gnk m -> mn",
+)
+MASKED = dispatch.Op(
+    "grouped_fp8_gemm_masked",
+    reference=reference.grouped_fp8_gemm_masked,
+    xla=xla.grouped_fp8_gemm_masked,
+    kernel=_pallas("grouped_fp8_gemm_masked"),
+    refuses=limits.refuses,
+    axes="gmk gmk gnk gnk g -> gmn",
+)
+CONTRACTION = dispatch.Op(
+    "grouped_fp8_gemm_k",
+    reference=reference.grouped_fp8_gemm_k,
+    xla=xla.grouped_fp8_gemm_k,
+    kernel=_pallas("grouped_fp8_gemm_k"),
+    refuses=limits.refuses,
+    axes="mk mk nk nk k gmn -> gmn",
+)
 
 
 def grouped_fp8_gemm(
@@ -56,6 +65,7 @@ def grouped_fp8_gemm(
     block_group: ArrayLike,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    num_sms: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """Multiplies each block of 128 rows of a [M, K] by its group's b[g]ᵀ (training, prefill).
@@ -66,7 +76,8 @@ def grouped_fp8_gemm(
         block_group: int32 [M/128], the group of each block, in any order; -1 skips it. Other ids outside 0..G-1 are
             detected in a NumPy array only.
         out_dtype: bfloat16 or float32.
-        implementation: None for the fastest that runs here, or "reference", "xla", "pallas".
+        num_sms: multiprocessors that the kernel may use, to leave others to communication; None for all.
+        implementation: None for the fastest on the target, or "reference", "xla", "pallas".
     Returns: [M, N]; rows of skipped blocks are zeros, whatever `a` holds there.
     Raises:
         ValueError: shapes or dtypes that do not fit, with the remedy.
@@ -92,7 +103,7 @@ def grouped_fp8_gemm(
         highest=b.values.shape[0] - 1,
         rule="b has so many groups, and -1 skips a block",
     )
-    return dispatch.run(op, FORMS, implementation, a, b, ids, out_dtype=out_dtype)
+    return dispatch.run(CONTIGUOUS, implementation, a, b, ids, num_sms=num_sms, out_dtype=jnp.dtype(out_dtype))
 
 
 def grouped_fp8_gemm_masked(
@@ -101,6 +112,7 @@ def grouped_fp8_gemm_masked(
     valid_rows: ArrayLike,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    num_sms: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "G M N"]:
     """Multiplies the first valid_rows[g] rows of a[g] by b[g]ᵀ: static shapes for decoding.
@@ -114,7 +126,8 @@ def grouped_fp8_gemm_masked(
         b: values [G, N, K], scales [G, ceil(N/128), ceil(K/128)].
         valid_rows: int32 [G], 0 <= valid_rows[g] <= M.
         out_dtype: bfloat16 or float32.
-        implementation: None for the fastest that runs here, or "reference", "xla", "pallas".
+        num_sms: multiprocessors that the kernel may use, to leave others to communication; None for all.
+        implementation: None for the fastest on the target, or "reference", "xla", "pallas".
     Returns: [G, M, N].
     Raises:
         ValueError: shapes or dtypes that do not fit, with the remedy.
@@ -140,7 +153,7 @@ def grouped_fp8_gemm_masked(
         highest=a.values.shape[1],
         rule="a has so many rows a group; give it more, or clip",
     )
-    return dispatch.run(op, MASKED_FORMS, implementation, a, b, counts, out_dtype=out_dtype)
+    return dispatch.run(MASKED, implementation, a, b, counts, num_sms=num_sms, out_dtype=jnp.dtype(out_dtype))
 
 
 def grouped_fp8_gemm_k(
@@ -150,6 +163,7 @@ def grouped_fp8_gemm_k(
     *,
     num_groups: int,
     accumulate_into: ArrayLike | None = None,
+    num_sms: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "G M N"]:
     """Sums a · bᵀ over each group's blocks of the contraction: weight gradients of experts.
@@ -161,7 +175,8 @@ def grouped_fp8_gemm_k(
             Other ids outside 0..num_groups-1, and groups in several places, are detected in a NumPy array only.
         num_groups: G.
         accumulate_into: float32 [G, M, N] that the sums are added to. Donate it to reuse its memory.
-        implementation: None for the fastest that runs here, or "reference", "xla", "pallas".
+        num_sms: multiprocessors that the kernel may use, to leave others to communication; None for all.
+        implementation: None for the fastest on the target, or "reference", "xla", "pallas".
     Returns: float32 [G, M, N]; a group without blocks gives zeros, or what it accumulates into.
     Raises:
         ValueError: shapes or dtypes that do not fit, with the remedy.
@@ -193,4 +208,6 @@ def grouped_fp8_gemm_k(
     if accumulate_into is not None:
         shape = (num_groups, a.values.shape[0], b.values.shape[0])
         accumulate_into = checked_accumulator(op, accumulate_into, shape=shape)
-    return dispatch.run(op, K_FORMS, implementation, a, b, ids, num_groups=num_groups, accumulate_into=accumulate_into)
+    return dispatch.run(
+        CONTRACTION, implementation, a, b, ids, accumulate_into, num_sms=num_sms, num_groups=int(num_groups)
+    )

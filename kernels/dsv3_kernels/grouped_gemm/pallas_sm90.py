@@ -31,8 +31,7 @@ def grouped_fp8_gemm(
 
     A tile lies within one block of 128 rows, so it has one group; blocks of a cluster share the rows of a.
     """
-    (M, K), (G, N, _) = a.values.shape, b.values.shape
-    padding.check_sizes("grouped_fp8_gemm", K, M, N, G)
+    (M, K), N = a.values.shape, b.values.shape[1]
     tile = tile or tiles.choose(tiles.CONTIGUOUS, tiles.contiguous(M, N, K, out_dtype=out_dtype))
     _check_tile("grouped_fp8_gemm", tile, 128)
     blocks = -(-K // BLOCK_K)
@@ -66,7 +65,6 @@ def grouped_fp8_gemm_masked(
     kinds evenly, whatever the sizes of the groups.
     """
     (G, M, K), N = a.values.shape, b.values.shape[1]
-    padding.check_sizes("grouped_fp8_gemm_masked", K, G, M, N)
     tile = tile or tiles.choose(tiles.MASKED, tiles.masked(G, M, N, K, out_dtype=out_dtype))
     _check_tile("grouped_fp8_gemm_masked", tile, 256)
     blocks = -(-K // BLOCK_K)
@@ -111,9 +109,9 @@ def grouped_fp8_gemm_k(
     a: QTensor,
     b: QTensor,
     block_group: Array,
+    accumulate_into: Array | None = None,
     *,
     num_groups: int,
-    accumulate_into: Array | None = None,
     tile: Tile | None = None,
     num_sms: int | None = None,
     interpret: Any = None,
@@ -123,7 +121,6 @@ def grouped_fp8_gemm_k(
     Where a group's blocks begin and how many there are is found before the kernel, by a sum over `block_group`.
     """
     (M, K), N = a.values.shape, b.values.shape[0]
-    padding.check_sizes("grouped_fp8_gemm_k", K, M, N)
     tile = tile or tiles.choose(tiles.CONTRACTION, tiles.contraction(num_groups, M, N, K))
     is_member = block_group[None, :] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]
     starts = jnp.argmax(is_member, axis=1).astype(jnp.int32)

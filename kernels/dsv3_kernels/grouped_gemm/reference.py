@@ -36,7 +36,7 @@ def grouped_fp8_gemm_masked(
 
 
 def grouped_fp8_gemm_k(
-    a: QTensor, b: QTensor, block_group: Array, *, num_groups: int, accumulate_into: Array | None = None
+    a: QTensor, b: QTensor, block_group: Array, accumulate_into: Array | None = None, *, num_groups: int
 ) -> Float[Array, "G M N"]:
     """out[g] is the sum of the products of the blocks of the contraction that belong to g."""
     M, K = a.values.shape

@@ -49,7 +49,7 @@ def grouped_fp8_gemm_masked(
 
 
 def grouped_fp8_gemm_k(
-    a: QTensor, b: QTensor, block_group: Array, *, num_groups: int, accumulate_into: Array | None = None
+    a: QTensor, b: QTensor, block_group: Array, accumulate_into: Array | None = None, *, num_groups: int
 ) -> Float[Array, "G M N"]:
     """One step a block of the contraction, added to its group's sum in place."""
     M, N = a.values.shape[0], b.values.shape[0]

@@ -9,8 +9,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Shaped
 
 from dsv3_kernels import dispatch
-from dsv3_kernels.latent_cache import reference, xla
-from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, ROPE_DIM, ROW_BYTES, unpack_fp8_cache_rows
+from dsv3_kernels.latent_cache import limits, reference, xla
+from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, ROPE_DIM, ROW_BYTES
 
 PAGE_SIZE = 64
 """Tokens a page."""
@@ -23,7 +23,20 @@ def _pallas(*args: Any, **kwargs: Any) -> Array:
     return pallas_sm90.write(*args, **kwargs)
 
 
-FORMS = {"reference": reference.write, "xla": xla.write, "pallas": _pallas}
+NO_GRADIENT = (
+    "{op} cannot be differentiated: the cache serves decoding; train through mla_prefill, as dsv3_jax.model does, and "
+    "with the layers of dsv3_jax.precision."
+)
+WRITE = dispatch.Op(
+    "cache_write",
+    reference=reference.write,
+    xla=xla.write,
+    kernel=_pallas,
+    refuses=limits.refuses,
+    axes="nzw bt. . bt. bt. b. b b -> nzw",
+    no_gradient=NO_GRADIENT,
+)
+READ = dispatch.Op("cache_read", reference=xla.read, xla=xla.read, axes=".z. b. b -> b..", no_gradient=NO_GRADIENT)
 
 
 def cache_write(
@@ -85,8 +98,8 @@ def cache_write(
     if not isinstance(starts, Tracer) and not isinstance(counts, Tracer):
         ends = np.asarray(starts) + np.clip(np.asarray(counts), 0, T)
         _check_lengths("starts + counts", np.concatenate([np.asarray(starts), ends]), page_table.shape[1])
-    arrays = (kv_pages, kv_down, norm_scale, cos, sin, page_table, starts, counts)
-    return dispatch.run("cache_write", FORMS, implementation, *arrays, eps=eps, fp8_scale=fp8_scale)
+    arrays = map(jnp.asarray, (kv_pages, kv_down, norm_scale, cos, sin, page_table, starts, counts))
+    return dispatch.run(WRITE, implementation, *arrays, eps=float(eps), fp8_scale=fp8_scale)
 
 
 def cache_read(
@@ -111,11 +124,8 @@ def cache_read(
         raise ValueError(f"seq_lens is {seq_lens.dtype}{seq_lens.shape}; give one integer a sequence, ({B},).")
     if not isinstance(seq_lens, Tracer):
         _check_lengths("seq_lens", np.asarray(seq_lens), P)
-    rows = kv_pages[jnp.clip(page_table, 0, kv_pages.shape[0] - 1)].reshape(B, P * PAGE_SIZE, -1)
-    if kv_pages.dtype == jnp.uint8:
-        rows = jnp.concatenate(unpack_fp8_cache_rows(rows), axis=-1)
-    is_held = jnp.arange(P * PAGE_SIZE, dtype=jnp.int32)[None, :] < seq_lens.astype(jnp.int32)[:, None]
-    return jnp.where(is_held[:, :, None], rows, jnp.zeros((), rows.dtype)).astype(dtype or rows.dtype)
+    dtype = jnp.dtype(dtype or (jnp.bfloat16 if kv_pages.dtype == jnp.uint8 else kv_pages.dtype))
+    return dispatch.run(READ, "xla", *map(jnp.asarray, (kv_pages, page_table, seq_lens)), dtype=dtype)
 
 
 def _check_pages(kv_pages: Array, page_table: Array, *, B: int) -> None:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, Float32, UInt8
 
+from dsv3_kernels.derivative import without_gradient
 from dsv3_kernels.quantize import E4M3, QTensor, dequantize_tiles
 from dsv3_kernels.scales import AMAX_FLOOR, E4M3_MAX
 
@@ -43,6 +44,7 @@ def pack_fp8_cache_rows(
     """
     if scale not in ("float32", "ue8m0"):
         raise ValueError(f"scale={scale!r} is unknown; use 'float32' or 'ue8m0'.")
+    latent, rope = without_gradient("pack_fp8_cache_rows", (latent, rope))
     xp = latent.__array_namespace__()
     tiles = latent.astype(np.float32).reshape(*latent.shape[:-1], NUM_SCALES, TILE)
     # Magnitudes in the order of their bits: XLA's maximum of floats may lose a NaN.

@@ -14,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
+from dsv3_kernels import launch
 from dsv3_kernels.aot.case import AotCase
-from dsv3_kernels.casts.pallas_rounding import MOSAIC, store
+from dsv3_kernels.casts.pallas_rounding import store
 from dsv3_kernels.latent_cache.cases import CASES, shapes
 from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, NUM_SCALES, ROPE_DIM, TILE
 from dsv3_kernels.latent_cache.pallas_pack import across, bytes_of, quantize_tile, side_by_side, word_of
@@ -31,8 +32,6 @@ ROPE_UNITS = 8
 PAIRS = ROPE_DIM // ROPE_UNITS // 2
 FIRST_ROPE_UNIT = LATENT_DIM // (2 * PAIRS)
 """Of the down-projection."""
-DTYPES = ((jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32), (jnp.uint8, jnp.bfloat16))
-"""Of the pages and the down-projection."""
 MUST_CONTAIN = (r"UBLKCP\.G\.S", r"(mul\.wide\.[us]32|mad\.(lo\.s64|wide\.[us]32))[^;]*, (656|1152)[,;]")
 """Bulk copies from shared to global memory; a row's address in 64 bits."""
 MUST_CONTAIN_FP8 = (*MUST_CONTAIN, r"F2FP\.SATFINITE\.E4M3")
@@ -57,9 +56,7 @@ def write(
 
     Args:
         interpret: None to compile; `plgpu.InterpretGPUParams()` to run on a CPU.
-    Raises: NotImplementedError for other widths or dtypes, or without rows or pages.
     """
-    _check(kv_pages, kv_down, norm_scale)
     B, T, X = kv_down.shape
     N, page_size, W = kv_pages.shape
     unit = UNIT_BYTES // kv_pages.dtype.itemsize
@@ -84,13 +81,12 @@ def write(
         targets = [target_of(row) for row in range(block_rows)]
         _write_rows(first, targets, *refs, eps=eps, fp8_scale=fp8_scale)
 
-    plgpu.kernel(
+    launch.kernel(
         body,
         out_type=(),
         grid=(-(-B * T // block_rows),),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((block_rows, W // unit, unit), kv_pages.dtype)],
-        compiler_params=MOSAIC,
         interpret=interpret,
     )(
         page_table,
@@ -199,16 +195,3 @@ def _warps(rows: int, axis: int) -> tuple[Any, ...]:
 
 def _load(ref, layout) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def _check(kv_pages: Array, kv_down: Array, norm_scale: Array) -> None:
-    C, X = norm_scale.shape[0], kv_down.shape[2]
-    if (C, X - C) != (LATENT_DIM, ROPE_DIM):
-        raise NotImplementedError(f"the kernel writes rows of {LATENT_DIM} + {ROPE_DIM}, not of {C} + {X - C}.")
-    if (kv_pages.dtype, kv_down.dtype) not in DTYPES:
-        raise NotImplementedError(
-            f"the kernel writes BF16 pages from bfloat16 or float32, FP8 pages from bfloat16, not {kv_pages.dtype}"
-            f" pages from {kv_down.dtype}."
-        )
-    if not kv_down.size or not kv_pages.size:
-        raise NotImplementedError(f"kv_down {kv_down.shape} or kv_pages {kv_pages.shape} is empty.")

@@ -2,11 +2,13 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_kernels import dispatch
-from dsv3_kernels.prefill_attention import reference, xla
+from dsv3_kernels.prefill_attention import limits, reference, xla
+from dsv3_kernels.varying import varying_alike
 
 
 def mla_prefill(
@@ -45,15 +47,59 @@ def mla_prefill(
         NotImplementedError: `implementation="pallas"` where it cannot run.
     """
     q_segment_ids, kv_segment_ids = _checked(q, k, v, q_segment_ids, kv_segment_ids, q_starts)
-    run = partial(dispatch.run, "mla_prefill", {"reference": reference.attend, "xla": xla.attend, "pallas": _pallas})
-    return run(implementation, q, k, v, q_segment_ids, kv_segment_ids, q_starts, softmax_scale=float(softmax_scale))
+    arrays = jax.tree.map(jnp.asarray, (q, k, v, q_segment_ids, kv_segment_ids, q_starts))
+    if implementation == "reference":
+        return reference.attend(*arrays, softmax_scale=float(softmax_scale))
+    return _attend(implementation, float(softmax_scale), *varying_alike(*arrays))
 
 
-def _pallas(*args, **kwargs):
+def _pallas(name: str, *args, **kwargs):
     """Imported when first used: jax older than the kernels need has no such modules."""
     from dsv3_kernels.prefill_attention import pallas_sm90
 
-    return pallas_sm90.attend(*args, **kwargs)
+    return getattr(pallas_sm90, name)(*args, **kwargs)
+
+
+NO_GRADIENT = "{op} has its first derivative in reverse mode only; take it with jax.grad or jax.vjp."
+FORWARD = dispatch.Op(
+    "mla_prefill",
+    reference=reference.attend,
+    xla=xla.attend,
+    kernel=partial(_pallas, "attend"),
+    refuses=limits.refuses,
+    axes="bthj bshj bshw bt bs b -> bthw bht",
+    no_gradient=NO_GRADIENT,
+    has_causal_mask=True,
+)
+GRADIENTS = dispatch.Op(
+    "mla_prefill",
+    reference=xla.gradients,
+    xla=xla.gradients,
+    kernel=partial(_pallas, "gradients"),
+    refuses=limits.refuses,
+    axes="bthj bshj bshw bt bs b bthw bht bthw bht -> bthj bshj bshw",
+    no_gradient=NO_GRADIENT,
+    has_causal_mask=True,
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(implementation, softmax_scale, *arrays):
+    return dispatch.run(FORWARD, implementation, *arrays, softmax_scale=softmax_scale)
+
+
+def _attend_and_save(implementation, softmax_scale, *arrays):
+    out, lse = _attend(implementation, softmax_scale, *arrays)
+    return (out, lse), (arrays, out, lse)
+
+
+def _backward(implementation, softmax_scale, saved, cotangents):
+    arrays, out, lse = saved
+    gradients = dispatch.run(GRADIENTS, implementation, *arrays, out, lse, *cotangents, softmax_scale=softmax_scale)
+    return *gradients, None, None, None
+
+
+_attend.defvjp(_attend_and_save, _backward)
 
 
 def _checked(q, k, v, q_segment_ids, kv_segment_ids, q_starts):

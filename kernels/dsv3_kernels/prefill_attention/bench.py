@@ -10,7 +10,7 @@ from jaxtyping import Array
 from dsv3_kernels import dispatch
 from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison
 from dsv3_kernels.gpu.torch_peer.problems import TorchPrefill
-from dsv3_kernels.prefill_attention import api, xla
+from dsv3_kernels.prefill_attention import api
 from dsv3_kernels.prefill_attention.cases import CASES, UGLY, Case, num_operations
 
 OP = "mla_prefill"
@@ -120,16 +120,8 @@ def _forward(case: Case, inputs: dict[str, Any], implementation: str) -> tuple[A
 
 def _backward(case: Case, inputs: dict[str, Any], implementation: str) -> tuple[Array, Array, Array]:
     names = ("q", "k", "v", "q_segment_ids", "kv_segment_ids", "q_starts", "out", "lse", "d_out", "d_lse")
-    forms = {"xla": xla.gradients, "pallas": _pallas_gradients}
     arrays = [inputs.get(name) for name in names]
-    return dispatch.run(OP, forms, implementation, *arrays, softmax_scale=case.qk_dim**-0.5)
-
-
-def _pallas_gradients(*args: Any, **kwargs: Any) -> tuple[Array, Array, Array]:
-    """Imported when first used, as in `api`."""
-    from dsv3_kernels.prefill_attention import pallas_sm90
-
-    return pallas_sm90.gradients(*args, **kwargs)
+    return dispatch.run(api.GRADIENTS, implementation, *arrays, softmax_scale=case.qk_dim**-0.5)
 
 
 def _values_and_gradients(case: Case, inputs: dict[str, Any], implementation: str) -> dict[str, Array]:

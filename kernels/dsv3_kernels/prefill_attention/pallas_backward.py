@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_kernels.prefill_attention.pallas_parts import CONSUMERS, LANE, QK_DIM, ROWS, V_DIM, matrix_memory
+from dsv3_kernels import launch
+from dsv3_kernels.prefill_attention.pallas_parts import CONSUMERS, QK_DIM, ROWS, V_DIM, matrix_memory
 
 STAGES = 3
 """80 KiB of rows that stay, and 40 KiB a stage of rows that pass by: 200 of 227 KiB."""
@@ -76,7 +77,7 @@ def backward_kernel(
     the barriers: a consumer's rows are there, a stage is full, a stage is empty. `num_staying` and `num_passing` copies
     fill a consumer's rows and a stage.
     """
-    return plgpu.kernel(
+    return launch.kernel(
         body,
         out_type=out_type,
         grid=grid,
@@ -90,7 +91,7 @@ def backward_kernel(
             plgpu.Barrier(num_arrivals=num_passing, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=LANE),
+        approx_math=True,
         interpret=interpret,
     )
 

@@ -14,10 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3_kernels import launch
 from dsv3_kernels.prefill_attention.pallas_parts import (
     BY_ROW,
     CONSUMERS,
-    LANE,
     LN2,
     LOG2E,
     QK_DIM,
@@ -188,7 +188,7 @@ def forward(
             plgpu.wait_smem_to_gmem(0)
 
     ids = (q_segment_ids, kv_segment_ids) if has_segments else ()
-    return plgpu.kernel(
+    return launch.kernel(
         body,
         out_type=(jax.ShapeDtypeStruct((B, T, H, V_DIM), q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
         grid=(B, H, T // TILE),
@@ -209,7 +209,7 @@ def forward(
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=CONSUMERS),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=LANE),
+        approx_math=True,
         interpret=interpret,
     )(q, k, v, q_starts, visits, *ids)
 

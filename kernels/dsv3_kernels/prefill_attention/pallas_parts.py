@@ -22,7 +22,6 @@ TILE = CONSUMERS * ROWS
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 
-LANE = plgpu.LoweringSemantics.Lane
 MATRIX = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 """Layouts of one number a row, or a column, of a matrix."""

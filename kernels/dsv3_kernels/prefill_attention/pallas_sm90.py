@@ -27,20 +27,7 @@ def attend(
     softmax_scale: float,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B T H W"], Float[Array, "B H T"]]:
-    """`mla_prefill` in bfloat16 with head sizes 192 and 128.
-
-    Raises: NotImplementedError for other dtypes, head sizes, empty arrays or a scale that is not positive.
-    """
-    if q.dtype != jnp.bfloat16 or (q.shape[3], v.shape[3]) != (QK_DIM, V_DIM):
-        raise NotImplementedError(
-            f"the kernel takes bfloat16 with head sizes {QK_DIM} and {V_DIM}, not {q.dtype} with {q.shape[3]} and"
-            f" {v.shape[3]}; leave implementation None to run the XLA form."
-        )
-    if 0 in (*q.shape, k.shape[1]) or softmax_scale <= 0:
-        raise NotImplementedError(
-            f"the kernel takes no empty arrays ({q.shape}, {k.shape}) and a positive softmax_scale ({softmax_scale});"
-            " leave implementation None to run the XLA form."
-        )
+    """`mla_prefill` in bfloat16 with head sizes 192 and 128."""
     ids = [None if x is None else x.astype(jnp.int32) for x in (q_segment_ids, kv_segment_ids)]
     return _attend(softmax_scale, interpret, q, k, v, *ids, _starts(q, k, q_starts))
 

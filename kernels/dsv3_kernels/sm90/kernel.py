@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3_kernels import launch
 from dsv3_kernels.sm90 import epilogue, mainloop
 from dsv3_kernels.sm90.mainloop import CLUSTER_AXIS, Operands
 from dsv3_kernels.sm90.schedule import Carry, Position, Work
@@ -24,10 +25,6 @@ GRID_AXIS, THREAD_AXIS = "grid", "warpgroup"
 
 Visit = Callable[[Work, Carry], Carry]
 Walk = Callable[[tuple[Any, ...], Position, Visit, Carry], Carry]
-
-# No barriers around each access to shared memory: slots are handed over by the barriers of `mainloop` and the waits of
-# `epilogue`, and no thread reads what it or another thread wrote.
-COMPILER = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
 
 
 def gemm(
@@ -97,7 +94,7 @@ def gemm(
             epilogue.finish_stores()
 
     body.__name__ = name
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         body,
         out_type=() if adds else out,
         grid=(num_sms // tile.cluster_size,),
@@ -110,7 +107,9 @@ def gemm(
             epilogue.staging_type(tile, out.dtype, is_b_scaled_by_row=is_b_scaled_by_row),
             *ring_types,
         ],
-        compiler_params=COMPILER,
+        # Slots are handed over by the barriers of `mainloop` and the waits of `epilogue`, and no thread reads what it
+        # or another thread wrote.
+        has_own_barriers=True,
         interpret=interpret,
     )
     if accumulate_into is None:

@@ -16,12 +16,6 @@ from dsv3_kernels.sm90.tile import BLOCK_K, Tile, output_chunk
 ROWS = 8
 
 
-def check_sizes(op: str, *sizes: int) -> None:
-    """Raises NotImplementedError for what the kernels do not serve."""
-    if min(sizes) < 1:
-        raise NotImplementedError(f"{op}: the Hopper kernel has no empty operands, and a size here is 0.")
-
-
 def padded_operands(a: QTensor, b: QTensor) -> Operands:
     """Values in full eights of rows and full blocks of the contraction, scales with those of one stage side by side."""
     return Operands(_values(a), _scales(a), _values(b), _scales(b))

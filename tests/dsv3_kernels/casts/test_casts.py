@@ -189,6 +189,6 @@ def test_bytes_of_a_bench_row():
 @pytest.mark.skipif(dispatch.why_no_pallas() is None, reason="a Hopper GPU is here")
 @pytest.mark.parametrize("op", OPS)
 def test_the_kernel_without_its_gpu_is_refused_with_a_remedy(op):
-    value = on_device(argument(op, random_matrix(0, 128, 128)))
+    value = on_device(argument(op, random_matrix(0, 128, 2048)))
     with pytest.raises(NotImplementedError, match=rf"{op}.*needs (a Hopper GPU|jax).*leave it None"):
         getattr(kernels, op)(value, implementation="pallas")

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import dsv3_kernels
 from dsv3_kernels import dispatch
 from dsv3_kernels.quantize import QTensor
 
 if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
     pytest.skip(dispatch.why_no_pallas() or "", allow_module_level=True)
 
-from dsv3_kernels.casts import pallas_sm90, pallas_sm90_transpose
 
 FAST = [
     ("cast_tokens", "bfloat16", "float32"),
@@ -44,9 +44,9 @@ def test_what_the_kernels_refuse_is_left_to_xla():
         ("cast_blocks", (97, 128)),
         ("cast_blocks", (0, 128)),
     ):
-        with pytest.raises(NotImplementedError, match="multiple of"):
-            getattr(pallas_sm90, op)(jnp.zeros(shape), scale="float32")
+        with pytest.raises(NotImplementedError, match="multiples of"):
+            getattr(dsv3_kernels, op)(jnp.zeros(shape), implementation="pallas")
     for rows, columns in ((97, 128), (128, 130), (0, 128)):
         q = QTensor(jnp.zeros((rows, columns), jnp.float8_e4m3fn), jnp.zeros((rows, -(-columns // 128))))
-        with pytest.raises(NotImplementedError, match="multiple of 128"):
-            pallas_sm90_transpose.requantize_transposed(q, scale="float32")
+        with pytest.raises(NotImplementedError, match="multiples of 128"):
+            dsv3_kernels.requantize_transposed(q, implementation="pallas")

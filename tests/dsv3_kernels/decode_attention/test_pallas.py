@@ -5,15 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_kernels import dispatch
+from dsv3_kernels import dispatch, mla_decode
 from dsv3_kernels.decode_attention.cases import DecodeCase, make_inputs
 from dsv3_kernels.decode_attention.planner import plan_splits
 from tests.dsv3_kernels.decode_attention.combine import combine
 
 if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
     pytest.skip(dispatch.why_no_pallas() or "", allow_module_level=True)
-
-from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
 
 
 @pytest.mark.skipif(
@@ -90,7 +88,7 @@ def test_both_kernels_lower_under_mappings(mapping):
     shapes = DecodeCase(4, 1, 16, 256).shapes()
 
     def decode(*inputs):
-        return mla_decode_pallas(*inputs, softmax_scale=0.1)
+        return mla_decode(*inputs, softmax_scale=0.1)
 
     if mapping == "vmap":
         mapped, shapes = jax.vmap(decode), [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes]
@@ -110,5 +108,5 @@ def test_what_the_kernel_refuses_is_left_to_xla(what):
         arguments[0], arguments[2] = arguments[0][..., :256], arguments[2][..., 256:]
     if what == "float32":
         arguments[:3] = [x.astype(jnp.float32) for x in arguments[:3]]
-    with pytest.raises(NotImplementedError, match="the kernel"):
-        mla_decode_pallas(*arguments, softmax_scale=-1.0 if what == "scale" else 1.0)
+    with pytest.raises(NotImplementedError, match="takes bfloat16 heads of 512|is not positive"):
+        mla_decode(*arguments, softmax_scale=-1.0 if what == "scale" else 1.0, implementation="pallas")

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_kernels import dispatch
+from dsv3_kernels import cache_write, dispatch
 from dsv3_kernels.latent_cache.cases import CASES, UGLY, Case, make, shapes
 from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows, split_fp8_cache_rows
 
@@ -101,9 +101,9 @@ def arguments_of(case: Case, dtype=jnp.bfloat16, **replaced) -> dict[str, jax.Ar
         (arguments_of(UGLY[1]), "rows of 512 \\+ 64, not of 12 \\+ 4"),
         (arguments_of(UGLY[5], np.float32), "not float32 pages from float32"),
         (arguments_of(UGLY[3], np.float32), "not uint8 pages from float32"),
-        (arguments_of(UGLY[5]._replace(T=0)), "is empty"),
+        (arguments_of(UGLY[5]._replace(T=0)), "has no rows"),
     ],
 )
 def test_what_the_kernel_refuses_is_left_to_xla(given, message: str):
     with pytest.raises(NotImplementedError, match=message):
-        pallas_sm90.write(**given, eps=1e-6, fp8_scale="float32")
+        cache_write(**given, eps=1e-6, implementation="pallas")
