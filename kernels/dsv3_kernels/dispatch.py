@@ -20,7 +20,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.core import ShapedArray
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from dsv3_kernels import explicit, target
@@ -150,7 +151,7 @@ def _run_now(*arrays, **params):
 
 
 @_op_p.def_abstract_eval
-def _result_types(*_, jaxpr: ClosedJaxpr, **params):
+def _result_types(*_, jaxpr, **params):
     return jaxpr.out_avals
 
 
@@ -158,7 +159,7 @@ def _refuse_gradient(primals, tangents, *, op: Op, **params):
     raise TypeError(op.no_gradient.format(op=op.name))
 
 
-def _batched(arrays, axes, *, jaxpr: ClosedJaxpr, of_gpu, kernel, **params):
+def _batched(arrays, axes, *, jaxpr, of_gpu, kernel, **params):
     def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(function, in_axes=tuple(axes))
 
@@ -189,7 +190,7 @@ class _OneByOne(NamedTuple):
         return jax.lax.map(one, batched)
 
 
-def _lower_plain(context, *arrays, jaxpr: ClosedJaxpr, op: Op, is_required: bool, **params):
+def _lower_plain(context, *arrays, jaxpr, op: Op, is_required: bool, **params):
     """For platforms without kernels."""
     if is_required:
         platform = "/".join(context.platforms or context.module_context.platforms)
@@ -200,16 +201,14 @@ def _lower_plain(context, *arrays, jaxpr: ClosedJaxpr, op: Op, is_required: bool
     return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *arrays)
 
 
-def _lower_for_gpu(context, *arrays, jaxpr: ClosedJaxpr, of_gpu, op: Op, **params):
+def _lower_for_gpu(context, *arrays, jaxpr, of_gpu, op: Op, **params):
     """For GPUs without kernels."""
     if of_gpu is None:
         return _lower_plain(context, *arrays, jaxpr=jaxpr, op=op, **params)
     return _lower_untyped(context, of_gpu, arrays)
 
 
-def _lower_for_cuda(
-    context, *arrays, jaxpr: ClosedJaxpr, of_gpu, kernel, refusal: str | None, op: Op, is_required: bool
-):
+def _lower_for_cuda(context, *arrays, jaxpr, of_gpu, kernel, refusal: str | None, op: Op, is_required: bool):
     if kernel is not None:
         obstacle = target.why_no_kernels(has_causal_mask=op.has_causal_mask)
         why = refusal or _why_not_divided(context)
@@ -226,7 +225,7 @@ def _lower_for_cuda(
 
 def _lower_untyped(context, function: Callable[..., Any], arrays):
     """A function that is traced as on one device: without the mesh axes that values vary over."""
-    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
+    plain = [ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
     return mlir.lower_fun(function, multiple_results=True)(context.replace(avals_in=plain), *arrays)
 
 

@@ -34,14 +34,11 @@ def partitioned(function: Callable[..., Any], axes: str, arrays: tuple[Any, ...]
                 given.setdefault(letter, name)
 
     def spec(shape: Any, letters: str) -> PartitionSpec:
-        used: set[str] = set()
-        names = []
+        names: list[Any] = []
         for letter, size in zip(_expanded(letters, len(shape.shape)), shape.shape, strict=True):
-            name = given.get(letter)
-            parts = name if isinstance(name, tuple) else (name,)
-            is_divisible = name is not None and size % _devices(mesh, parts) == 0
-            names.append(name if is_divisible and used.isdisjoint(parts) else None)
-            used |= set(parts) if names[-1] is not None else set()
+            wanted = _tuple(given.get(letter))
+            is_free = not any(name in _tuple(other) for name in wanted for other in names)
+            names.append(given.get(letter) if is_free and size % _devices(mesh, wanted) == 0 else None)
         return PartitionSpec(*names)
 
     shapes = jax.eval_shape(function, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays))
@@ -61,6 +58,11 @@ def _expanded(letters: str, rank: int) -> list[str]:
 def _explicit_mesh(x: Any) -> Any | None:
     mesh = jax.typeof(x).sharding.mesh
     return mesh if not mesh.empty and AxisType.Explicit in mesh.axis_types else None
+
+
+def _tuple(names: Any) -> tuple[str, ...]:
+    """What a PartitionSpec holds for an axis: None, a name, or several."""
+    return () if names is None else names if isinstance(names, tuple) else (names,)
 
 
 def _devices(mesh: Any, names: tuple[str, ...]) -> int:

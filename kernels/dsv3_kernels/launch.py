@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_kernels import target
@@ -48,7 +49,7 @@ def kernel(
     )
 
     def launch(*operands: Any) -> Any:
-        arrays = [x for x in operands if isinstance(jax.typeof(x), jax.core.ShapedArray)]
+        arrays = [x for x in operands if isinstance(jax.typeof(x), ShapedArray)]
         return varying_as(launched(*operands), arrays)
 
     return launch
