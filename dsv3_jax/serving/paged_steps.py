@@ -17,7 +17,7 @@ from dsv3_jax.model.rope import RopeTable, rope_table
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.serving.layers import scan_layers, sliced_experts
 from dsv3_jax.typing import Array, DType, Float, Int, Params, Variables
-from dsv3_kernels import cache_read, cache_write, mla_decode, mla_prefill
+from dsv3_kernels import cache_read, cache_write, mla_decode, mla_prefill, plan_decode
 
 PAGE_SIZE = 64
 """Tokens a page."""
@@ -56,10 +56,11 @@ def paged_decode(
     nothing. Absorbed form of MLA; `variables` come from `decoding_weights`. `implementation` as in `dsv3_kernels`.
     """
     lengths = cache.lengths + counts
+    plan = plan_decode(lengths, num_queries=tokens.shape[1], num_heads=cfg.mla.num_heads, implementation=implementation)
 
     def attention(mla_params: Params, normed: Array, rope: RopeTable, pages: Array, page_table: Array) -> Array:
         def attend(q_latent, q_rope, *, scale):
-            run = partial(mla_decode, softmax_scale=scale, implementation=implementation)
+            run = partial(mla_decode, plan=plan, softmax_scale=scale, implementation=implementation)
             return run(q_latent, q_rope, pages, page_table, lengths)[0]
 
         return mla_absorbed_over(mla_params, normed, rope, attend, cfg=cfg, policy=policy)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dsv3_kernels.casts.api import cast_blocks, cast_tokens, requantize_transposed, swiglu_cast
-    from dsv3_kernels.decode_attention.api import mla_decode
+    from dsv3_kernels.decode_attention.api import mla_decode, plan_decode
     from dsv3_kernels.gemm.api import fp8_gemm
     from dsv3_kernels.grouped_gemm.api import grouped_fp8_gemm, grouped_fp8_gemm_k, grouped_fp8_gemm_masked
     from dsv3_kernels.latent_cache.api import cache_read, cache_write
@@ -30,6 +30,7 @@ __all__ = [
     "mla_decode",
     "mla_prefill",
     "pack_fp8_cache_rows",
+    "plan_decode",
     "quantize_tiles",
     "requantize_transposed",
     "swiglu_cast",
@@ -50,6 +51,7 @@ _HOME = {
     "mla_decode": "decode_attention.api",
     "mla_prefill": "prefill_attention.api",
     "pack_fp8_cache_rows": "latent_cache.fp8_rows",
+    "plan_decode": "decode_attention.api",
     "quantize_tiles": "quantize",
     "requantize_transposed": "casts.api",
     "swiglu_cast": "casts.api",

@@ -1,5 +1,6 @@
-"""`mla_decode`: attention of a few new tokens a sequence over the paged latent cache."""
+"""`mla_decode`: attention of a few new tokens a sequence over the paged latent cache, planned by `plan_decode`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,8 +8,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Shaped
 
-from dsv3_kernels import dispatch
+from dsv3_kernels import dispatch, target
 from dsv3_kernels.decode_attention import limits
+from dsv3_kernels.decode_attention.planner import Plan, num_parts, plan_splits
 from dsv3_kernels.decode_attention.reference import mla_decode_reference
 from dsv3_kernels.decode_attention.xla import mla_decode_xla
 from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, ROPE_DIM, ROW_BYTES
@@ -24,15 +26,46 @@ def _pallas(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
     return pallas_sm90.mla_decode_pallas(*args, **kwargs)
 
 
+def _plan_pallas(*args: Any, **kwargs: Any) -> Plan:
+    """As `_pallas`."""
+    from dsv3_kernels.decode_attention import pallas_plan
+
+    return pallas_plan.plan_parts(*args, **kwargs)
+
+
+def _of_lengths(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+    """A form that needs no plan, with the lengths of one if there is one, cut to what the page table holds."""
+
+    def run(q_latent, q_rope, kv_pages, page_table, seq_lens, plan=None, **static):
+        lengths = seq_lens if plan is None else plan.seq_lens
+        lengths = jnp.clip(lengths, 0, page_table.shape[1] * PAGE_SIZE)
+        return form(q_latent, q_rope, kv_pages, page_table, lengths, **static)
+
+    return run
+
+
+NO_GRADIENT = (
+    "{op} cannot be differentiated: it serves decoding; train through mla_prefill, as dsv3_jax.model does, "
+    "and with the layers of dsv3_jax.precision."
+)
+
 OP = dispatch.Op(
     "mla_decode",
-    reference=mla_decode_reference,
-    xla=mla_decode_xla,
+    reference=_of_lengths(mla_decode_reference),
+    xla=_of_lengths(mla_decode_xla),
     kernel=_pallas,
     refuses=limits.refuses,
-    axes="bshc bshr .z. b. b -> bshc bhs",
-    no_gradient="{op} cannot be differentiated: it serves decoding; train through mla_prefill, as dsv3_jax.model does, "
-    "and with the layers of dsv3_jax.precision.",
+    axes="bshc bshr .z. b. b b .. -> bshc bhs",
+    no_gradient=NO_GRADIENT,
+)
+
+PLAN = dispatch.Op(
+    "plan_decode",
+    reference=plan_splits,
+    xla=plan_splits,
+    kernel=_plan_pallas,
+    axes="b -> b ..",
+    no_gradient=NO_GRADIENT,
 )
 
 
@@ -45,6 +78,8 @@ def mla_decode(
     *,
     softmax_scale: float,
     causal: bool = True,
+    plan: Plan | None = None,
+    num_sms: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B S H C"], Float32[Array, "B H S"]]:
     """Multi-head latent attention in its absorbed form, for decoding (FlashMLA's counterpart).
@@ -60,30 +95,64 @@ def mla_decode(
         page_table: int32; the pages of each sequence, in order.
         seq_lens: int32; tokens the cache holds, from 0 to 64 P. Traced lengths beyond are cut to 64 P.
         softmax_scale: factor of the scores.
+        plan: of `plan_decode` for these lengths, made once for all layers of a step. Its lengths are what counts then:
+            traced ones are not compared. Without a plan every call makes its own.
+        num_sms: multiprocessors that the kernel may use, to leave others to communication; None for all. With a plan
+            its parts decide, and `num_sms` must be what the plan was made with, or None.
         implementation: None, "reference" (float32), "xla" or "pallas" (Hopper GPU; C = 512, R = 64, BF16).
     Returns:
         out in the queries' dtype, and lse, the natural logarithm of the sum of exponentials. A query that sees no key
         has out = 0 and lse = +inf.
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or lengths beyond the page table.
+        ValueError: shapes or dtypes that do not fit together, lengths beyond the page table, or a plan that is not one
+            of these lengths and queries.
         NotImplementedError: `implementation="pallas"` where it cannot run.
     """
     _check(q_latent, q_rope, kv_pages, page_table, seq_lens)
-    q_latent, q_rope, kv_pages, page_table, seq_lens = map(
-        jnp.asarray, (q_latent, q_rope, kv_pages, page_table, seq_lens)
-    )
-    num_keys = page_table.shape[1] * PAGE_SIZE
+    if plan is not None:
+        _check_plan(plan, q_latent, seq_lens, num_sms)
+    arrays = map(jnp.asarray, (q_latent, q_rope, kv_pages, page_table, seq_lens))
     return dispatch.run(
         OP,
         implementation,
-        q_latent,
-        q_rope,
-        kv_pages,
-        page_table,
-        jnp.clip(seq_lens, 0, num_keys),
+        *arrays,
+        plan,
+        num_sms=num_sms,
         softmax_scale=float(softmax_scale),
         causal=bool(causal),
     )
+
+
+def plan_decode(
+    seq_lens: Shaped[Array, "B"],
+    *,
+    num_queries: int,
+    num_heads: int,
+    num_sms: int | None = None,
+    implementation: str | None = None,
+) -> Plan:
+    """Divides the keys of a batch among the multiprocessors of a GPU (FlashMLA's `get_mla_metadata`).
+
+    A decoding step makes it once and gives it to `mla_decode` of every layer, which then computes nothing from the
+    lengths. It costs one launch. Its sizes do not depend on the lengths, so it passes through `jax.jit`, `jax.lax.scan`
+    and donation. It belongs to one device: for `jax.shard_map` make it inside, of that device's sequences and heads.
+
+    Args:
+        seq_lens: int32; tokens of each sequence, as `mla_decode` gets them. Below 0 counts as 0.
+        num_queries: S of the queries, new tokens a sequence.
+        num_heads: H of the queries.
+        num_sms: multiprocessors that the kernel may use; None for all of the target.
+        implementation: None, "reference" or "xla" (plain jnp), or "pallas" (Hopper GPU); all give the same integers.
+    Raises:
+        ValueError: lengths that are no int32 vector, or a number that is not a positive integer.
+        NotImplementedError: `implementation="pallas"` where it cannot run.
+    """
+    if seq_lens.ndim != 1 or seq_lens.dtype != jnp.int32 or not seq_lens.shape[0]:
+        raise ValueError(
+            f"seq_lens is {seq_lens.dtype}{list(seq_lens.shape)}; it must be int32 [B], a length for each sequence."
+        )
+    count = num_parts(target.num_sms(num_sms), num_queries=num_queries, num_heads=num_heads)
+    return dispatch.run(PLAN, implementation, jnp.asarray(seq_lens), num_parts=count)
 
 
 def _check(q_latent: Array, q_rope: Array, kv_pages: Array, page_table: Array, seq_lens: Array) -> None:
@@ -127,3 +196,23 @@ def _check(q_latent: Array, q_rope: Array, kv_pages: Array, page_table: Array, s
                 f"seq_lens lie in {lengths.min()}..{lengths.max()}; a page table of {page_table.shape[1]} pages of"
                 f" {PAGE_SIZE} holds lengths from 0 to {num_keys}. Give it more pages."
             )
+
+
+def _check_plan(plan: Plan, q_latent: Array, seq_lens: Array, num_sms: int | None) -> None:
+    B, S, H, _ = q_latent.shape
+    make = f"make it with plan_decode(seq_lens, num_queries={S}, num_heads={H})"
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan is a {type(plan).__name__}; {make}.")
+    if plan.seq_lens.shape != (B,):
+        raise ValueError(f"plan is of {plan.seq_lens.shape[0]} sequences, and q_latent has {B}; {make}.")
+    count, sms = plan.parts.shape[0], target.num_sms(num_sms)
+    fitting = num_parts(sms, num_queries=S, num_heads=H)
+    if count > fitting or (num_sms is not None and count != fitting):
+        raise ValueError(
+            f"plan has {count} parts, but {S} x {H} query rows a sequence have {fitting} on num_sms={sms}; {make}"
+            + (f" and num_sms={sms}." if num_sms is not None else ".")
+        )
+    if isinstance(plan.seq_lens, Tracer) or isinstance(seq_lens, Tracer):
+        return
+    if not np.array_equal(plan.seq_lens, seq_lens):
+        raise ValueError(f"plan was made for other lengths than seq_lens; {make} in every step.")

@@ -34,6 +34,7 @@ from dsv3_kernels.decode_attention.pallas_layout import (
     HALF,
     LATENT,
     MATES,
+    PAGE,
     PIECE,
     ROWS,
     Scratch,
@@ -51,9 +52,9 @@ class Partials(NamedTuple):
     """Results of the kernel: final rows of whole sequences, and two slots a part for pieces of split ones."""
 
     out: BFloat16[Array, "B R 512"]
-    lse: Float32[Array, "B R"]
+    lse: Float32[Array, "B X"]
     part_out: Float32[Array, "Z R 512"]
-    part_lse: Float32[Array, "Z R"]
+    part_lse: Float32[Array, "Z X"]
 
 
 def attend(
@@ -71,17 +72,21 @@ def attend(
     multicast: bool,
     interpret: Any = None,
 ) -> Partials:
-    """Attention of R rows a sequence (row s H + h, filled up to a multiple of 64), in the parts of a plan.
+    """Attention of R rows a sequence (row s H + h; R is a multiple of 8), in the parts of a plan.
 
     A sequence that lies in one part gets its rows of `out` and `lse`. Of any other, the part with its first block
     writes slot 2 part + 1, the later ones slot 2 part: rows normalised over the part's keys, and their lse (-inf where
-    the part has no visible key). Everything else is left unwritten.
+    the part has no visible key). Everything else is left unwritten. A thread block does 64 rows: copies read zeros
+    behind row R and drop what they write there; the lses, which are stored from registers, have room for X rows, R
+    filled up to a multiple of 64.
 
     Args:
-        multicast: whether pairs of row blocks share the copies of BF16 pages; R must then be a multiple of 128.
+        seq_lens, parts: of a `Plan`; lengths are cut to what the page table holds, which the plan need not know.
+        multicast: whether pairs of row blocks share the copies of BF16 pages; their number must then be even.
     """
     B, R, _ = q_latent.shape
-    G = parts.shape[0]
+    G, row_blocks = parts.shape[0], -(-R // ROWS)
+    max_length = page_table.shape[1] * PAGE
     is_fp8 = kv_pages.dtype == jnp.uint8
     views = _views(kv_pages) if is_fp8 else (kv_pages,)
     num_inputs = 5 + len(views)
@@ -99,7 +104,8 @@ def attend(
         num_segments = jnp.maximum(last_seq - first_seq + 1, 0)
 
         def segment(j):
-            return segment_of(first_seq + j, lengths, first_seq, first_block, last_seq, end_block)
+            seq = first_seq + j
+            return segment_of(seq, lengths, first_seq, first_block, last_seq, end_block, max_length=max_length)
 
         @pl.when(warpgroup == 2)
         def _():
@@ -132,11 +138,11 @@ def attend(
             body,
             out_type=[
                 jax.ShapeDtypeStruct((B, R, LATENT), jnp.bfloat16),
-                jax.ShapeDtypeStruct((B, R), jnp.float32),
+                jax.ShapeDtypeStruct((B, row_blocks * ROWS), jnp.float32),
                 jax.ShapeDtypeStruct((slots, R, LATENT), jnp.float32),
-                jax.ShapeDtypeStruct((slots, R), jnp.float32),
+                jax.ShapeDtypeStruct((slots, row_blocks * ROWS), jnp.float32),
             ],
-            grid=(G, R // ROWS // (2 if multicast else 1)),
+            grid=(G, row_blocks // (2 if multicast else 1)),
             grid_names=("part", "row_block"),
             cluster=(2,) if multicast else (),
             cluster_names=(MATES,) if multicast else (),

@@ -3,6 +3,7 @@
 One pass over memory, and nothing in shared memory. A thread block takes four rows of a sequence, each of which its 128
 threads load at once, and visits the parts four at a time: 16 loads of 16 bytes a thread are under way. The grid is over
 parts, not over sequences: at most one split sequence begins in each part, so that long batches bring no idle blocks.
+The log-sum-exps of all sequences, split or not, pass through it on their way to the caller's order of axes.
 """
 
 import functools
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from dsv3_kernels import launch
 from dsv3_kernels.aot.case import AotCase
+from dsv3_kernels.decode_attention.pallas_attend import Partials
 from dsv3_kernels.decode_attention.pallas_layout import LATENT, NEVER
-from dsv3_kernels.decode_attention.planner import Plan, plan_splits
 
 ROWS = 4
 AT_ONCE = 4
@@ -26,26 +27,44 @@ AT_ONCE = 4
 
 
 def combine_parts(
-    out: BFloat16[Array, "B R 512"],
-    lse: Float32[Array, "B R"],
-    part_out: Float32[Array, "Z R 512"],
-    part_lse: Float32[Array, "Z R"],
-    plan: Plan,
+    partials: Partials,
+    parts: Int32[Array, "G 5"],
     *,
+    num_queries: int,
+    num_heads: int,
     interpret: Any = None,
-) -> tuple[BFloat16[Array, "B R 512"], Float32[Array, "B R"]]:
-    """Twin of the plain form that its tests have, with the same bits at every run; R is a multiple of 4.
+) -> tuple[BFloat16[Array, "B R 512"], Float32[Array, "B H S"]]:
+    """Sums up the parts of split sequences, with the same bits at every run; moves the lse of row s H + h to [h, s].
 
-    Rows of sequences that were not split are neither read nor written: the results are the memory of `out` and `lse`.
+    Rows of sequences that were not split are neither read nor written: the first result is the memory of
+    `partials.out`.
     """
-    num_parts, R = len(plan.parts), out.shape[1]
+    B, R, _ = partials.out.shape
+    num_parts, num_rows = len(parts), num_queries * num_heads
     layout = plgpu.Layout.WG_STRIDED((LATENT,), 4)
 
-    def body(parts_ref, first_ref, splits_ref, part_out_ref, part_lse_ref, out_ref, lse_ref):
+    def body(parts_ref, lse_ref, part_out_ref, part_lse_ref, out_ref, final_lse_ref):
         part, first_row = lax.axis_index("part"), lax.axis_index("row_block") * ROWS
         rows = [first_row + i for i in range(ROWS)]
-        seq = jnp.maximum(parts_ref[part, 2], 0)  # the last of this part; -1 where no sequence came yet
-        num_splits = splits_ref[seq]
+        first_seq, first_block, last_seq, _, num_splits = (parts_ref[part, column] for column in range(5))
+        is_split = num_splits > 1
+
+        def write_lse(seq, lses):
+            for row, lse in zip(rows, lses):
+
+                @pl.when(row < num_rows)
+                def _(row=row, lse=lse):
+                    final_lse_ref[seq, lax.rem(row, num_heads), lax.div(row, num_heads)] = lse
+
+        def move(group, _):
+            indices = [jnp.minimum(begin + group * AT_ONCE + i, end - 1) for i in range(AT_ONCE)]
+            lses = [[lse_ref[seq, row] for row in rows] for seq in indices]
+            for seq, each in zip(indices, lses):
+                write_lse(seq, each)
+
+        # The sequences that lie whole in this part.
+        begin, end = first_seq + (first_block > 0).astype(jnp.int32), last_seq + 1 - is_split.astype(jnp.int32)
+        lax.fori_loop(0, lax.div(jnp.maximum(end - begin, 0) + (AT_ONCE - 1), AT_ONCE), move, None)
 
         def visit(group, states):
             indices = [group * AT_ONCE + i for i in range(AT_ONCE)]
@@ -56,48 +75,52 @@ def combine_parts(
             lses = [[jnp.where(i < num_splits, x, -jnp.inf) for i, x in zip(indices, each)] for each in lses]
             return tuple(map(_add, states, lses, tiles))
 
-        @pl.when((first_ref[seq] == part) & (num_splits > 1))
+        @pl.when(is_split)
         def _():
             zeros = plgpu.layout_cast(jnp.zeros((LATENT,), jnp.float32), layout)
             start = ((jnp.float32(0), jnp.float32(NEVER), zeros),) * ROWS
-            states = lax.fori_loop(0, (num_splits + AT_ONCE - 1) // AT_ONCE, visit, start)
+            states = lax.fori_loop(0, lax.div(num_splits + (AT_ONCE - 1), AT_ONCE), visit, start)
+            lses = []
             for row, (total, origin, acc) in zip(rows, states):
                 has_keys = total != 0  # a NaN is shown, not hidden
                 divisor = jnp.where(has_keys, total, 1.0)
-                out_ref[seq, row] = (acc * (1.0 / divisor)).astype(jnp.bfloat16)
-                lse_ref[seq, row] = jnp.where(has_keys, origin + jnp.log(divisor), jnp.inf)
+                out_ref[last_seq, row] = (acc * (1.0 / divisor)).astype(jnp.bfloat16)
+                lses.append(jnp.where(has_keys, origin + jnp.log(divisor), jnp.inf))
+            write_lse(last_seq, lses)
 
     body.__name__ = "combine_parts"
     kernel = launch.kernel(
         body,
-        out_type=(),
+        out_type=jax.ShapeDtypeStruct((B, num_heads, num_queries), jnp.float32),
         grid=(num_parts, R // ROWS),
         grid_names=("part", "row_block"),
         has_own_barriers=True,  # it needs none: every thread writes what no other thread reads
         interpret=interpret,
     )
-    out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
-    kernel(plan.parts, plan.first_part, plan.num_splits, part_out, part_lse, out_ref, lse_ref)
-    return jax.freeze(out_ref), jax.freeze(lse_ref)
+    out_ref = jax.new_ref(partials.out)
+    lse = kernel(parts, partials.lse, partials.part_out, partials.part_lse, out_ref)
+    return jax.freeze(out_ref), lse
 
 
 def aot_cases() -> list[AotCase]:
     """Many sequences with all heads, in parts for 132 SMs; one sequence with half of them."""
     return [
         AotCase(
-            f"mla_decode_combine b{B}-r{R}",
-            combine_parts,
+            f"mla_decode_combine b{B}-r{S * H}",
+            functools.partial(combine_parts, num_queries=S, num_heads=H),
             (
-                jax.ShapeDtypeStruct((B, R, LATENT), jnp.bfloat16),
-                jax.ShapeDtypeStruct((B, R), jnp.float32),
-                jax.ShapeDtypeStruct((2 * G, R, LATENT), jnp.float32),
-                jax.ShapeDtypeStruct((2 * G, R), jnp.float32),
-                jax.eval_shape(functools.partial(plan_splits, num_parts=G), jax.ShapeDtypeStruct((B,), jnp.int32)),
+                Partials(
+                    jax.ShapeDtypeStruct((B, S * H, LATENT), jnp.bfloat16),
+                    jax.ShapeDtypeStruct((B, S * H), jnp.float32),
+                    jax.ShapeDtypeStruct((2 * G, S * H, LATENT), jnp.float32),
+                    jax.ShapeDtypeStruct((2 * G, S * H), jnp.float32),
+                ),
+                jax.ShapeDtypeStruct((G, 5), jnp.int32),
             ),
             (r"LDG?\.E\.128",),
             max_shared_bytes=0,
         )
-        for B, R, G in ((128, 128, 66), (1, 64, 132))
+        for B, S, H, G in ((128, 1, 128, 66), (1, 1, 64, 132), (128, 2, 128, 33))
     ]
 
 

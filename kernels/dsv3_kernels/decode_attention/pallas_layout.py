@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64
-"""Query rows of a thread block: the M of one tensor core instruction."""
+from dsv3_kernels.decode_attention.planner import ROWS, num_blocks
+
 PAGE = 64
 LATENT, ROPE = 512, 64
 HALF = 256
@@ -87,15 +87,16 @@ class Segment(NamedTuple):
 
     seq: Any
     length: Any
+    """At most what the page table holds."""
     begin: Any
     end: Any
     is_whole: Any
 
 
-def segment_of(seq, lengths, first_seq, first_block, last_seq, end_block) -> Segment:
-    """What a part does of sequence `seq`; the other arguments are its row of `planner.Plan.parts`."""
+def segment_of(seq, lengths, first_seq, first_block, last_seq, end_block, *, max_length: int) -> Segment:
+    """What a part does of sequence `seq`; `first_seq` to `end_block` are its row of `planner.Plan.parts`."""
     length = lengths[seq]
-    blocks = (length + (2 * PAGE - 1)) // (2 * PAGE)
     begin = jnp.where(seq == first_seq, first_block, 0)
+    blocks = num_blocks(length)
     end = jnp.where(seq == last_seq, end_block, blocks)
-    return Segment(seq, length, begin, end, (begin == 0) & (end == blocks))
+    return Segment(seq, jnp.clip(length, 0, max_length), begin, end, (begin == 0) & (end == blocks))

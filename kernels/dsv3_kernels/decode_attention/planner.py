@@ -6,9 +6,10 @@ moves to the sequence's start. So a part's load exceeds an equal share by at mos
 everything is arithmetic on arrays of fixed shape: new lengths compile nothing.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int32
 
 BLOCK_SIZE = 128
@@ -17,57 +18,64 @@ BLOCK_SIZE = 128
 OVERHEAD_BLOCKS = 2
 """What a sequence costs besides its keys, in blocks; FlashMLA counts five of its blocks of 64."""
 
+ROWS = 64
+"""Query rows of a thread block: the M of one tensor core instruction."""
+
 
 class Plan(NamedTuple):
-    """Which blocks each of G parts works on, and where the partial results of a sequence lie.
+    """Which blocks of keys each of G parts works on; what `plan_decode` returns and `mla_decode` takes.
 
+    `seq_lens` [B]: the lengths that were divided.
     `parts` [G, 5]: first sequence, first block in it, last sequence, end block in it (exclusive), and how many parts
-    before this one work on the first sequence. A part without work has last sequence < first sequence.
-    `first_part`, `num_splits` [B]: parts `first_part .. first_part + num_splits - 1` work on the sequence; a sequence
-    with one split is written to the output itself.
+    work on the last sequence where it begins in this part and does not end there, else 1. A part without work has last
+    sequence < first sequence. A sequence that is split among parts is the last of the part where it begins.
     """
 
+    seq_lens: Int32[Array, "B"]
     parts: Int32[Array, "G 5"]
-    first_part: Int32[Array, "B"]
-    num_splits: Int32[Array, "B"]
 
 
-def plan_splits(
-    seq_lens: Int32[Array, "B"],
-    *,
-    num_parts: int,
-    block_size: int = BLOCK_SIZE,
-    overhead: int = OVERHEAD_BLOCKS,
-) -> Plan:
+def num_parts(num_sms: int, *, num_queries: int, num_heads: int) -> int:
+    """Into how many parts the keys are divided, so that the blocks of query rows of all parts fill the GPU once.
+
+    Raises: ValueError for a number that is not a positive integer.
+    """
+    for name, number in (("num_sms", num_sms), ("num_queries", num_queries), ("num_heads", num_heads)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}={number!r} must be a positive integer.")
+    return max(1, num_sms // -(-num_queries * num_heads // ROWS))
+
+
+def num_blocks(length: Any) -> Any:
+    """Blocks of keys of sequences; a length below 0 counts as 0."""
+    return lax.div(jnp.maximum(length, 0) + (BLOCK_SIZE - 1), jnp.int32(BLOCK_SIZE))
+
+
+def cut_at(index: Any, total: Any, count: int) -> Any:
+    """The place of cut `index` of a line of `total` in `count` parts: index total // count, which may overflow."""
+    parts = jnp.int32(count)
+    return index * lax.div(total, parts) + lax.div(index * lax.rem(total, parts), parts)
+
+
+def plan_splits(seq_lens: Int32[Array, "B"], *, num_parts: int) -> Plan:
     """Cuts the blocks of all sequences into `num_parts` parts of equal load.
 
     A sequence of length 0 has no block and belongs whole to one part, which writes its output.
-
-    Raises: ValueError for a part count or overhead below 1 (a sequence without length on the line would be lost).
     """
-    if num_parts < 1 or overhead < 1:
-        raise ValueError(f"num_parts={num_parts} and overhead={overhead} must be at least 1.")
     B = seq_lens.shape[0]
-    blocks = (seq_lens + block_size - 1) // block_size
-    end = jnp.cumsum(blocks + overhead, dtype=jnp.int32)
-    start = end - blocks - overhead
-    share, rest = end[-1] // num_parts, end[-1] % num_parts
-    index = jnp.arange(num_parts + 1, dtype=jnp.int32)
-    cut = index * share + index * rest // num_parts  # the same as index * total // num_parts, which may overflow
+    blocks = num_blocks(seq_lens)
+    end = jnp.cumsum(blocks + OVERHEAD_BLOCKS, dtype=jnp.int32)
+    start = end - blocks - OVERHEAD_BLOCKS
+    cut = cut_at(jnp.arange(num_parts + 1, dtype=jnp.int32), end[-1], num_parts)
 
     seq = (end[None, :] <= cut[:, None]).sum(1, dtype=jnp.int32)  # B at the very end
-    offset = cut - start[jnp.minimum(seq, B - 1)] - overhead
+    offset = cut - start[jnp.minimum(seq, B - 1)] - OVERHEAD_BLOCKS
     block = jnp.where(seq < B, jnp.maximum(offset, 0), 0)
 
     ends_inside = block[1:] > 0
     last_seq = jnp.where(ends_inside, seq[1:], seq[1:] - 1)
-    end_block = jnp.where(ends_inside, block[1:], blocks[jnp.clip(last_seq, 0, B - 1)])
-    # The part that a sequence starts in: the last one whose cut is not behind its start.
-    sequences = jnp.arange(B, dtype=jnp.int32)
-    is_before = (seq[None, :-1] < sequences[:, None]) | (
-        (seq[None, :-1] == sequences[:, None]) & (block[None, :-1] == 0)
-    )
-    first_part = is_before.sum(1, dtype=jnp.int32) - 1
-    num_splits = 1 + ((seq[None, :] == sequences[:, None]) & (block[None, :] > 0)).sum(1, dtype=jnp.int32)
-    split = jnp.where(block[:-1] > 0, index[:-1] - first_part[jnp.minimum(seq[:-1], B - 1)], 0)
-    return Plan(jnp.stack([seq[:-1], block[:-1], last_seq, end_block, split], axis=1), first_part, num_splits)
+    end_block = jnp.where(ends_inside, block[1:], jnp.where(last_seq < 0, 0, blocks[jnp.maximum(last_seq, 0)]))
+    begins_here = (seq[:-1] < seq[1:]) | (block[:-1] == 0)
+    cuts_inside = ((seq[None, :] == last_seq[:, None]) & (block[None, :] > 0)).sum(1, dtype=jnp.int32)
+    num_splits = jnp.where(ends_inside & begins_here, 1 + cuts_inside, 1)
+    return Plan(seq_lens, jnp.stack([seq[:-1], block[:-1], last_seq, end_block, num_splits], axis=1))

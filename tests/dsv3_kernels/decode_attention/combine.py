@@ -2,9 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
-
-from dsv3_kernels.decode_attention.planner import Plan
+from jaxtyping import Array, Float, Float32, Int32
 
 
 def combine(
@@ -12,24 +10,22 @@ def combine(
     lse: Float32[Array, "B R"],
     part_out: Float32[Array, "Z R C"],
     part_lse: Float32[Array, "Z R"],
-    plan: Plan,
+    parts: Int32[Array, "G 5"],
 ) -> tuple[Float[Array, "B R C"], Float32[Array, "B R"]]:
     """Fills in the sequences that were split; `out` and `lse` hold those that were not.
 
-    Parts i = 0, 1, ... of a sequence lie in slots 2 first_part + 1, 2 (first_part + 1), 2 (first_part + 2), ...; all
-    others of the 2 G slots hold anything. Weights are exp(lse - the largest lse), so nothing overflows, and a part that
+    A split sequence has slot 2 g + 1 of the part g where it begins and slot 2 g of each later part; all others of the
+    2 G slots hold anything. Weights are exp(lse - the largest lse), so nothing overflows, and a part that
     sees no key (lse = -inf) weighs nothing. The kernel `pallas_combine` does the same with its additions in one order,
     which a GPU does not keep here.
     """
-    B, Z = out.shape[0], part_out.shape[0]
-    slots = jnp.arange(Z, dtype=jnp.int32)
-    is_split = plan.num_splits > 1
-    index = slots[None, :] // 2 - plan.first_part[:, None]
-    is_first = (slots[None, :] % 2 == 1) & (index == 0)
-    is_later = (slots[None, :] % 2 == 0) & (index > 0) & (index < plan.num_splits[:, None])
-    belongs_BZ = is_split[:, None] & (is_first | is_later)
-    is_used = belongs_BZ.any(0)
-    owner = jnp.where(is_used, jnp.argmax(belongs_BZ, axis=0).astype(jnp.int32), B)  # B: dropped
+    B = out.shape[0]
+    first_seq, first_block, last_seq, _, num_splits = parts.T
+    owner_of_later = jnp.where(first_block > 0, first_seq, B)  # B: dropped
+    owner_of_first = jnp.where(num_splits > 1, last_seq, B)
+    owner = jnp.stack([owner_of_later, owner_of_first], axis=1).reshape(-1)
+    is_used = owner < B
+    is_split = (owner[None, :] == jnp.arange(B, dtype=jnp.int32)[:, None]).any(1)
 
     part_lse = jnp.where(is_used[:, None], part_lse, -jnp.inf)
     largest = jax.ops.segment_max(part_lse, owner, B)
