@@ -11,11 +11,11 @@ if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
 
 CASES = case.collect()
 FIRST = {each.name.split()[0]: each.name for each in reversed(CASES)}
-"""One case of each op, which the fast tests lower."""
+"""One case of each op, which the fast tests lower; whole programs take longer."""
 
 
 def _parameter(each: case.AotCase) -> object:
-    marks = [] if each.name in FIRST.values() else [pytest.mark.slow]
+    marks = [] if each.name in FIRST.values() and each.expect is None else [pytest.mark.slow]
     return pytest.param(each, id=each.name, marks=marks)
 
 

@@ -1,7 +1,8 @@
 """A kernel with one set of tiles, and what its machine code must be like.
 
 A module `dsv3_kernels/<op>/pallas_*.py` that can be called offers `aot_cases() -> list[AotCase]`, one case for each
-tile of its tuned table and each kind of input; it is found by its file name. The same cases are lowered in the tests.
+tile of its tuned table and each kind of input; it is found by its file name. So is a module `program_*.py`, whose
+programs call several public ops and are judged as a whole. The same cases are lowered in the tests.
 """
 
 import importlib
@@ -38,9 +39,9 @@ class AotCase(NamedTuple):
 
 
 def collect() -> list[AotCase]:
-    """The cases of all `pallas_*` modules in the order of their names. Raises: as `checked`."""
+    """The cases of all `pallas_*` and `program_*` modules in the order of their names. Raises: as `checked`."""
     offered: dict[str, list[AotCase]] = {}
-    for name in _pallas_modules():
+    for name in _modules():
         module = importlib.import_module(name)
         offered.setdefault(name.split(".")[1], []).extend(getattr(module, "aot_cases", list)())
     return checked(offered)
@@ -62,7 +63,7 @@ def checked(offered: Mapping[str, list[AotCase]]) -> list[AotCase]:
     return cases
 
 
-def _pallas_modules() -> list[str]:
-    """dsv3_kernels.<op>.pallas_* of every op folder."""
+def _modules() -> list[str]:
+    """dsv3_kernels.<folder>.pallas_* and program_* of every folder."""
     names = [module.name for module in pkgutil.walk_packages(dsv3_kernels.__path__, "dsv3_kernels.")]
-    return sorted(name for name in names if name.rpartition(".")[2].startswith("pallas_"))
+    return sorted(name for name in names if name.rpartition(".")[2].startswith(("pallas_", "program_")))

@@ -111,11 +111,6 @@ def _product(
 def _kernel(
     body: Callable[..., None], shape: tuple[int, ...], dtype=jnp.float32, **options
 ) -> Callable[..., jax.Array]:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from dsv3_kernels import launch
 
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **options,
-    )
+    return launch.kernel(body, out_type=jax.ShapeDtypeStruct(shape, dtype), **options)
