@@ -54,15 +54,15 @@ def train_experts(
     """The experts' outputs for rows sorted by expert, and the gradients of the rows and of both weights."""
     num_experts = down.shape[0]
     experts = np.repeat(np.arange(num_experts, dtype=np.int32), x.shape[0] // 128 // num_experts)
-    rows, gate_up, down = cast_tokens(x, scale="ue8m0"), cast_blocks(gate_up), cast_blocks(down)
-    hidden = grouped_fp8_gemm(rows, gate_up, experts)
+    rows, gate_up_blocks, down_blocks = cast_tokens(x, scale="ue8m0"), cast_blocks(gate_up), cast_blocks(down)
+    hidden = grouped_fp8_gemm(rows, gate_up_blocks, experts)
     active = swiglu_cast(hidden, scale="ue8m0")
-    out = grouped_fp8_gemm(active, down, experts)
+    out = grouped_fp8_gemm(active, down_blocks, experts)
 
     d_rows = cast_tokens(d_out, scale="ue8m0")
-    d_active = grouped_fp8_gemm(d_rows, _transposed(down), experts)
+    d_active = grouped_fp8_gemm(d_rows, _transposed(down_blocks), experts)
     d_hidden = cast_tokens(jax.vjp(_swiglu, hidden)[1](d_active)[0], scale="ue8m0")
-    d_x = grouped_fp8_gemm(d_hidden, _transposed(gate_up), experts)
+    d_x = grouped_fp8_gemm(d_hidden, _transposed(gate_up_blocks), experts)
     rows, active, d_rows, d_hidden = map(requantize_transposed, (rows, active, d_rows, d_hidden))
     d_gate_up = grouped_fp8_gemm_k(d_hidden, rows, experts, num_groups=num_experts)
     d_down = grouped_fp8_gemm_k(d_rows, active, experts, num_groups=num_experts)

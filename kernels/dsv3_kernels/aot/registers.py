@@ -74,4 +74,4 @@ def _width(opcode: str, operand: int) -> int:
         return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
     if "WIDE" in modifiers:
         return 2 if operand in (0, 3) else 1
-    return 2 if name in ("DADD", "DMUL", "DFMA", "DSETP") else 1
+    return 2 if name in ("DADD", "DMUL", "DFMA", "DSETP") or (name == "CS2R" and "32" not in modifiers) else 1

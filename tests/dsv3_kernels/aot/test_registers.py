@@ -74,6 +74,8 @@ def test_a_register_beyond_them_is_refused(old, new, fault):
         ("HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR16].tnspB, R24", 55),
         ("HGMMA.64x64x16.F16 R24, gdesc[UR16], RZ, !UPT", 39),
         ("LDG.E.64 R30, desc[UR6][R2.64+0x7e00]", 31),
+        ("CS2R R60, SRZ", 61),
+        ("CS2R.32 R60, SR_CLOCKLO", 60),
         ("UTMALDG.3D [UR8], [UR4], desc[UR200]", -1),
     ],
 )
