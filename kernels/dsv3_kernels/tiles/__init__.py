@@ -1,5 +1,6 @@
 """What chooses the tile of an FP8 product: a table for this GPU, or a model of an H100."""
 
+from dsv3_kernels.target import num_sms
 from dsv3_kernels.tiles.choice import (
     CONTIGUOUS,
     CONTRACTION,
@@ -11,7 +12,6 @@ from dsv3_kernels.tiles.choice import (
     contraction,
     dense,
     masked,
-    num_sms,
     table,
     tuned_tiles,
 )

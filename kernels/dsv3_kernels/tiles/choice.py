@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv3_kernels import target
 from dsv3_kernels.gpu import machine
 from dsv3_kernels.sm90.tile import Tile, output_slots
 from dsv3_kernels.tiles import model
@@ -22,12 +23,6 @@ FOLDERS = {"NVIDIA H100 80GB HBM3": H100}
 DENSE, CONTIGUOUS, MASKED, CONTRACTION = "dense", "contiguous", "masked", "contraction"
 FILES = {DENSE: "fp8_gemm", CONTIGUOUS: "grouped_fp8_gemm", MASKED: "grouped_fp8_gemm", CONTRACTION: "grouped_fp8_gemm"}
 """Kinds of product, and the table each is in."""
-
-
-def num_sms() -> int:
-    """Thread blocks that run at once on this process's GPU; those of an H100 SXM where there is none."""
-    device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else model.SMS
 
 
 def dense(m: int, n: int, k: int, *, out_dtype: jax.typing.DTypeLike, is_b_scaled_by_row: bool) -> Problem:
@@ -67,9 +62,9 @@ def table(kind: str) -> list[dict[str, Any]]:
 
 
 def device_folder() -> str:
-    """The name of the folder of tables for this process's GPU; H100's where there is no GPU."""
-    device = jax.devices()[0]
-    return FOLDERS.get(device.device_kind, machine.file_stem(device.device_kind)) if device.platform == "gpu" else H100
+    """The name of the folder of tables for the GPU that programs are compiled for; H100's where there is no GPU."""
+    device = target.gpu()
+    return FOLDERS.get(device.device_kind, machine.file_stem(device.device_kind)) if device is not None else H100
 
 
 @functools.cache
