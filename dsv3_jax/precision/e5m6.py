@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.typing import Array, Float, UInt
+from dsv3_kernels.derivative import without_gradient
 
 E5M6_MAX = 65024.0
 """(2 - 2^-6) · 2^15"""
@@ -27,6 +28,7 @@ class E5M6Tensor(NamedTuple):
 
 def quantize(x: Float[Array, "M K"]) -> E5M6Tensor:
     """Rounds to nearest even; a tile's scale is the least power of two under which its largest number fits."""
+    x = without_gradient("e5m6.quantize", x)
     M, K = x.shape
     tiles = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -K % TILE))).reshape(M, -1, TILE)
     scales = _scale_for(jnp.abs(tiles).max(axis=-1))

@@ -82,7 +82,7 @@ def dequantize_tiles(
         raise ValueError(
             f"scales {q.scales.shape} do not fit values {q.values.shape} in tiles of {tile}; expected {expected}."
         )
-    tiles = _tiles(_to_float32(q.values), tile)
+    tiles = _tiles(_to_float32(without_gradient("dequantize_tiles", q.values)), tile)
     return _untile(tiles * q.scales.astype(np.float32)[..., :, None, :, None], q.values.shape).astype(dtype)
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_kernels import dispatch
 from dsv3_kernels.prefill_attention import limits, reference, xla
+from dsv3_kernels.prefill_attention.differentiable import REVERSE_ONLY, differentiable
 from dsv3_kernels.varying import varying_alike
 
 
@@ -50,7 +51,12 @@ def mla_prefill(
     arrays = jax.tree.map(jnp.asarray, (q, k, v, q_segment_ids, kv_segment_ids, q_starts))
     if implementation == "reference":
         return reference.attend(*arrays, softmax_scale=float(softmax_scale))
-    return _attend(implementation, float(softmax_scale), *varying_alike(*arrays))
+    settings = {"softmax_scale": float(softmax_scale)}
+    return differentiable(
+        partial(dispatch.run, FORWARD, implementation, **settings),
+        partial(dispatch.run, GRADIENTS, implementation, **settings),
+        varying_alike(*arrays),
+    )
 
 
 def _pallas(name: str, *args, **kwargs):
@@ -60,7 +66,6 @@ def _pallas(name: str, *args, **kwargs):
     return getattr(pallas_sm90, name)(*args, **kwargs)
 
 
-NO_GRADIENT = "{op} has its first derivative in reverse mode only; take it with jax.grad or jax.vjp."
 FORWARD = dispatch.Op(
     "mla_prefill",
     reference=reference.attend,
@@ -68,7 +73,7 @@ FORWARD = dispatch.Op(
     kernel=partial(_pallas, "attend"),
     refuses=limits.refuses,
     axes="bthj bshj bshw bt bs b -> bthw bht",
-    no_gradient=NO_GRADIENT,
+    no_gradient=REVERSE_ONLY,
     has_causal_mask=True,
 )
 GRADIENTS = dispatch.Op(
@@ -78,28 +83,9 @@ GRADIENTS = dispatch.Op(
     kernel=partial(_pallas, "gradients"),
     refuses=limits.refuses,
     axes="bthj bshj bshw bt bs b bthw bht bthw bht -> bthj bshj bshw",
-    no_gradient=NO_GRADIENT,
+    no_gradient=REVERSE_ONLY,
     has_causal_mask=True,
 )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(implementation, softmax_scale, *arrays):
-    return dispatch.run(FORWARD, implementation, *arrays, softmax_scale=softmax_scale)
-
-
-def _attend_and_save(implementation, softmax_scale, *arrays):
-    out, lse = _attend(implementation, softmax_scale, *arrays)
-    return (out, lse), (arrays, out, lse)
-
-
-def _backward(implementation, softmax_scale, saved, cotangents):
-    arrays, out, lse = saved
-    gradients = dispatch.run(GRADIENTS, implementation, *arrays, out, lse, *cotangents, softmax_scale=softmax_scale)
-    return *gradients, None, None, None
-
-
-_attend.defvjp(_attend_and_save, _backward)
 
 
 def _checked(q, k, v, q_segment_ids, kv_segment_ids, q_starts):

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_kernels.aot.case import BF16_MMA, AotCase
 from dsv3_kernels.prefill_attention.block_ranges import Overlaps, overlaps, visits
+from dsv3_kernels.prefill_attention.differentiable import differentiable
 from dsv3_kernels.prefill_attention.pallas_forward import KV_BLOCK, forward
 from dsv3_kernels.prefill_attention.pallas_key_gradients import key_gradients
 from dsv3_kernels.prefill_attention.pallas_parts import LOG2E, QK_DIM, ROWS, TILE, V_DIM
@@ -29,7 +30,10 @@ def attend(
 ) -> tuple[Float[Array, "B T H W"], Float[Array, "B H T"]]:
     """`mla_prefill` in bfloat16 with head sizes 192 and 128."""
     ids = [None if x is None else x.astype(jnp.int32) for x in (q_segment_ids, kv_segment_ids)]
-    return _attend(softmax_scale, interpret, q, k, v, *ids, _starts(q, k, q_starts))
+    settings = {"softmax_scale": softmax_scale, "interpret": interpret}
+    return differentiable(
+        partial(_attend, **settings), partial(gradients, **settings), (q, k, v, *ids, _starts(q, k, q_starts))
+    )
 
 
 def _starts(q: Array, k: Array, q_starts: Array | None) -> Int[Array, "B"]:
@@ -73,18 +77,12 @@ def _overlaps(given: _Padded, num_keys: int, *, q_tile: int, kv_block: int) -> O
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(softmax_scale, interpret, q, k, v, q_segment_ids, kv_segment_ids, q_starts):
+def _attend(q, k, v, q_segment_ids, kv_segment_ids, q_starts, *, softmax_scale, interpret):
     T, S = q.shape[1], k.shape[1]
     given = _padded(q, k, v, q_segment_ids, kv_segment_ids, q_starts)
     ranges = visits(*_overlaps(given, S, q_tile=TILE, kv_block=KV_BLOCK))
     out, lse = forward(*given, ranges, softmax_scale=softmax_scale, num_keys=S, interpret=interpret)
     return out[:, :T], lse[:, :, :T]
-
-
-def _attend_and_save(softmax_scale, interpret, *inputs):
-    out, lse = _attend(softmax_scale, interpret, *inputs)
-    return (out, lse), (inputs, out, lse)
 
 
 def gradients(
@@ -115,16 +113,6 @@ def gradients(
     d_k, d_v = key_gradients(*given, of_keys, *rows, **settings)
     d_q = query_gradients(*given, of_queries, *rows, num_keys=S, **settings)
     return d_q[:, :T], d_k[:, :S], d_v[:, :S]
-
-
-def _backward(softmax_scale, interpret, saved, cotangents):
-    inputs, out, lse = saved
-    arrays = (*inputs, out, lse, *cotangents)
-    found = gradients(*arrays, softmax_scale=softmax_scale, interpret=interpret)
-    return *found, None, None, None
-
-
-_attend.defvjp(_attend_and_save, _backward)
 
 
 def aot_cases() -> list[AotCase]:

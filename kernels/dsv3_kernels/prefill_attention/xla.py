@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_kernels.prefill_attention.differentiable import differentiable
 from dsv3_kernels.prefill_attention.reference import wide_dtype
 from dsv3_kernels.prefill_attention.visibility import query_positions, seen_keys
 from dsv3_kernels.varying import varying_alike, varying_as
@@ -49,7 +50,12 @@ def attend(
     softmax_scale: float,
 ) -> tuple[Float[Array, "B T H W"], Float[Array, "B H T"]]:
     """`mla_prefill` in memory linear in T and S."""
-    return _attend(softmax_scale, *varying_alike(q, k, v, q_segment_ids, kv_segment_ids, q_starts))
+    settings = {"softmax_scale": softmax_scale}
+    return differentiable(
+        partial(_attend, **settings),
+        partial(gradients, **settings),
+        varying_alike(q, k, v, q_segment_ids, kv_segment_ids, q_starts),
+    )
 
 
 def softmax_delta(
@@ -60,8 +66,7 @@ def softmax_delta(
     return jnp.einsum("bthw,bthw->bht", out.astype(wide), d_out.astype(wide)) - d_lse
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(softmax_scale, q, k, v, q_segment_ids, kv_segment_ids, q_starts):
+def _attend(q, k, v, q_segment_ids, kv_segment_ids, q_starts, *, softmax_scale):
     T, S = q.shape[1], k.shape[1]
     size = min(CHUNK, T)
     outs, lses = [], []
@@ -76,11 +81,6 @@ def _attend(softmax_scale, q, k, v, q_segment_ids, kv_segment_ids, q_starts):
         outs.append(_whole(out, end - start))
         lses.append(_whole(lse, end - start))
     return jnp.concatenate(outs, axis=1), jnp.moveaxis(jnp.concatenate(lses, axis=1), 2, 1)
-
-
-def _attend_and_save(softmax_scale, *inputs):
-    out, lse = _attend(softmax_scale, *inputs)
-    return (out, lse), (inputs, out, lse)
 
 
 def gradients(
@@ -119,15 +119,6 @@ def gradients(
         d_k, d_v = d_k.at[:, :num_keys].set(seen_k), d_v.at[:, :num_keys].set(seen_v)
         d_qs.append(_whole(d_q, end - start))
     return jnp.concatenate(d_qs, axis=1), d_k.astype(k.dtype), d_v.astype(v.dtype)
-
-
-def _backward(softmax_scale, saved, cotangents):
-    inputs, out, lse = saved
-    arrays = (*inputs, out, lse, *cotangents)
-    return *gradients(*arrays, softmax_scale=softmax_scale), None, None, None
-
-
-_attend.defvjp(_attend_and_save, _backward)
 
 
 def _forward(queries: Queries, keys: Keys, seen, softmax_scale: float):
