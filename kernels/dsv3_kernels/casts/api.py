@@ -19,12 +19,19 @@ from dsv3_kernels.quantize import E4M3, QTensor
 FLOATS = (jnp.bfloat16, jnp.float32)
 
 
-def cast_tokens(x: Float[Array, "*batch M K"], *, scale: str = "float32", implementation: str | None = None) -> QTensor:
+def cast_tokens(
+    x: Float[Array, "*batch M K"],
+    *,
+    scale: str = "float32",
+    num_sms: int | None = None,
+    implementation: str | None = None,
+) -> QTensor:
     """Casts each token in tiles of 128 channels.
 
     Args:
         x: bfloat16 or float32.
         scale: "float32", or "ue8m0" for scales that are powers of two.
+        num_sms: multiprocessors that the kernel may use, to leave others to communication; None for all.
         implementation: None for the best that can run, else "reference", "xla" or "pallas".
     Returns: values [..., M, K], scales [..., M, ceil(K / 128)]. A NaN or infinity makes one tile's scale non-finite.
     Raises:
@@ -34,17 +41,21 @@ def cast_tokens(x: Float[Array, "*batch M K"], *, scale: str = "float32", implem
     """
     _check_floats("cast_tokens", "x", x)
     _check_scale(scale)
-    return dispatch.run(TOKENS, implementation, x, scale=scale)
+    return dispatch.run(TOKENS, implementation, x, num_sms=num_sms, scale=scale)
 
 
 def swiglu_cast(
-    gate_up: Float[Array, "*batch M F2"], *, scale: str = "float32", implementation: str | None = None
+    gate_up: Float[Array, "*batch M F2"],
+    *,
+    scale: str = "float32",
+    num_sms: int | None = None,
+    implementation: str | None = None,
 ) -> QTensor:
     """Casts silu(gate) * up, computed in float32, in tiles of 128 channels: the input of a down projection.
 
     Args:
         gate_up: bfloat16 or float32 [..., M, 2 F], the gate before the up projection.
-        scale, implementation: as in `cast_tokens`.
+        scale, num_sms, implementation: as in `cast_tokens`.
     Returns: values [..., M, F], scales [..., M, ceil(F / 128)].
     Raises: as `cast_tokens`, and ValueError for an odd last axis.
     """
@@ -54,10 +65,12 @@ def swiglu_cast(
             f"gate_up {gate_up.shape} of swiglu_cast has an odd last axis; it must be gate and up side by side, 2 F."
         )
     _check_scale(scale)
-    return dispatch.run(SWIGLU, implementation, gate_up, scale=scale)
+    return dispatch.run(SWIGLU, implementation, gate_up, num_sms=num_sms, scale=scale)
 
 
-def requantize_transposed(q: QTensor, *, scale: str = "float32", implementation: str | None = None) -> QTensor:
+def requantize_transposed(
+    q: QTensor, *, scale: str = "float32", num_sms: int | None = None, implementation: str | None = None
+) -> QTensor:
     """Turns tiles of 1x128 along the channels into tiles of 1x128 along the tokens, of the transpose.
 
     With scales that are powers of two, before and after, a value changes only where it is below 2^-6 of its new scale,
@@ -66,7 +79,7 @@ def requantize_transposed(q: QTensor, *, scale: str = "float32", implementation:
 
     Args:
         q: E4M3 values [M, K] with float32 scales [M, ceil(K / 128)], as of `cast_tokens`.
-        scale, implementation: as in `cast_tokens`; `scale` is that of the result.
+        scale, num_sms, implementation: as in `cast_tokens`; `scale` is that of the result.
     Returns: values [K, M], scales [K, ceil(M / 128)].
     Raises: ValueError for values that are no E4M3 matrix or scales that are not one a tile; else as `cast_tokens`.
     """
@@ -82,21 +95,27 @@ def requantize_transposed(q: QTensor, *, scale: str = "float32", implementation:
             f"of 1x128 have float32[{M}, {-(-K // 128)}], as cast_tokens makes them."
         )
     _check_scale(scale)
-    return dispatch.run(TRANSPOSED, implementation, q, scale=scale)
+    return dispatch.run(TRANSPOSED, implementation, q, num_sms=num_sms, scale=scale)
 
 
-def cast_blocks(w: Float[Array, "*batch N K"], *, scale: str = "float32", implementation: str | None = None) -> QTensor:
+def cast_blocks(
+    w: Float[Array, "*batch N K"],
+    *,
+    scale: str = "float32",
+    num_sms: int | None = None,
+    implementation: str | None = None,
+) -> QTensor:
     """Casts a weight in blocks of 128x128.
 
     Args:
         w: bfloat16 or float32.
-        scale, implementation: as in `cast_tokens`.
+        scale, num_sms, implementation: as in `cast_tokens`.
     Returns: values [..., N, K], scales [..., ceil(N / 128), ceil(K / 128)].
     Raises: as `cast_tokens`.
     """
     _check_floats("cast_blocks", "w", w)
     _check_scale(scale)
-    return dispatch.run(BLOCKS, implementation, w, scale=scale)
+    return dispatch.run(BLOCKS, implementation, w, num_sms=num_sms, scale=scale)
 
 
 def _op(name: str, refuses: Callable[..., str | None], axes: str) -> dispatch.Op:

@@ -14,10 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_kernels import launch
 from dsv3_kernels.aot.case import AotCase
 from dsv3_kernels.casts import cases
 from dsv3_kernels.casts.pallas_rounding import round_rows, row_layout, store, swizzled
+from dsv3_kernels.casts.pallas_tiles import kernel_over_tiles
 from dsv3_kernels.quantize import QTensor
 
 TILE, HALF = 128, 64
@@ -25,7 +25,7 @@ MUST_CONTAIN = (r"LDSM\.16\.MT88\.4", r"F2FP\.SATFINITE\.E4M3", r"UTMASTG")
 """Transposition while loading from shared memory, the conversion in hardware, the store by TMA."""
 
 
-def requantize_transposed(q: QTensor, *, scale: str, interpret: object = None) -> QTensor:
+def requantize_transposed(q: QTensor, *, scale: str, num_sms: int | None = None, interpret: object = None) -> QTensor:
     """The Hopper form of `api.requantize_transposed`.
 
     Raises: NotImplementedError if M or K is no multiple of 128.
@@ -35,8 +35,8 @@ def requantize_transposed(q: QTensor, *, scale: str, interpret: object = None) -
         raise NotImplementedError(f"M={M} or K={K} is no positive multiple of 128")
     loaded, turned = row_layout(jnp.bfloat16), plgpu.Layout.WGMMA
 
-    def body(values_ref, scales_ref, out_ref, out_scales_ref, wide_ref, token_scales_ref, half_ref):
-        k, m = lax.axis_index("k"), lax.axis_index("m")
+    def cast(index, values_ref, scales_ref, out_ref, out_scales_ref, wide_ref, token_scales_ref, half_ref):
+        k, m = index
         tokens = pl.ds(m * TILE, TILE)
         values = plgpu.load(values_ref.at[tokens, pl.ds(k * TILE, TILE)], layout=loaded, optimized=False)
         token_scales = plgpu.load(scales_ref.at[tokens, k], layout=loaded.reduce(1), optimized=False)
@@ -54,30 +54,33 @@ def requantize_transposed(q: QTensor, *, scale: str, interpret: object = None) -
             plgpu.copy_smem_to_gmem(half_ref.at[half], out_ref.at[channels, tokens])
         plgpu.wait_smem_to_gmem(0)
 
-    values, scales = launch.kernel(
-        body,
+    def scratch_types(*lead: int) -> list:
+        return [
+            swizzled((*lead, TILE, TILE), jnp.float16),
+            plgpu.SMEM((*lead, TILE), jnp.float32),
+            swizzled((*lead, 2, HALF, TILE), jnp.float8_e4m3fn),
+        ]
+
+    values, scales = kernel_over_tiles(
+        cast,
+        (K // TILE, M // TILE),
         out_type=(
             jax.ShapeDtypeStruct((K, M), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((K, M // 128), jnp.float32),
         ),
-        grid=(K // TILE, M // TILE),
-        grid_names=("k", "m"),
-        scratch_types=[
-            swizzled((TILE, TILE), jnp.float16),
-            plgpu.SMEM((TILE,), jnp.float32),
-            swizzled((2, HALF, TILE), jnp.float8_e4m3fn),
-        ],
+        num_sms=num_sms,
+        scratch_types=scratch_types,
         interpret=interpret,
     )(q.values, q.scales)
     return QTensor(values, scales)
 
 
 def aot_cases() -> list[AotCase]:
-    """A real shape with each kind of scale."""
+    """A real shape with each kind of scale, and in blocks that stay."""
     return [
         AotCase(
-            f"{case.op} {case.rows}x{case.columns} {scale}",
-            functools.partial(requantize_transposed, scale=scale),
+            f"{case.op} {case.rows}x{case.columns} {scale}{sms and f' {sms} SMs'}",
+            functools.partial(requantize_transposed, scale=scale, num_sms=sms or None),
             (
                 QTensor(
                     jax.ShapeDtypeStruct((case.rows, case.columns), jnp.float8_e4m3fn),
@@ -86,5 +89,7 @@ def aot_cases() -> list[AotCase]:
             ),
             MUST_CONTAIN,
         )
+        for sms in ("", 108)
         for case, scale in cases.compiled(("requantize_transposed",))
+        if not sms or scale == "float32"
     ]
