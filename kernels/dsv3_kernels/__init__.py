@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dsv3_kernels.decode_attention.api import mla_decode, plan_decode
     from dsv3_kernels.gemm.api import fp8_gemm
     from dsv3_kernels.grouped_gemm.api import grouped_fp8_gemm, grouped_fp8_gemm_k, grouped_fp8_gemm_masked
+    from dsv3_kernels.grouped_gemm_bf16.api import grouped_matmul, grouped_matmul_k
     from dsv3_kernels.latent_cache.api import cache_read, cache_write
     from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows, unpack_fp8_cache_rows
     from dsv3_kernels.prefill_attention.api import mla_prefill
@@ -27,6 +28,8 @@ __all__ = [
     "grouped_fp8_gemm",
     "grouped_fp8_gemm_k",
     "grouped_fp8_gemm_masked",
+    "grouped_matmul",
+    "grouped_matmul_k",
     "mla_decode",
     "mla_prefill",
     "pack_fp8_cache_rows",
@@ -48,6 +51,8 @@ _HOME = {
     "grouped_fp8_gemm": "grouped_gemm.api",
     "grouped_fp8_gemm_k": "grouped_gemm.api",
     "grouped_fp8_gemm_masked": "grouped_gemm.api",
+    "grouped_matmul": "grouped_gemm_bf16.api",
+    "grouped_matmul_k": "grouped_gemm_bf16.api",
     "mla_decode": "decode_attention.api",
     "mla_prefill": "prefill_attention.api",
     "pack_fp8_cache_rows": "latent_cache.fp8_rows",

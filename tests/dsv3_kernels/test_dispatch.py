@@ -42,6 +42,10 @@ OPS = {
         functools.partial(K.grouped_fp8_gemm_k, num_groups=2),
         (operand((128, 256), 1), operand((128, 256), 1), integers(2)),
     ),
+    "grouped_matmul": (K.grouped_matmul, (blocks(128), array(2, 256, 128), integers(2))),
+    "grouped_matmul_k": (
+        functools.partial(K.grouped_matmul_k, num_groups=2), (blocks(128), array(128, 64), integers(2)),
+    ),
     "mla_decode": (functools.partial(K.mla_decode, softmax_scale=0.1), DecodeCase(2, 1, 64, 128).shapes()),
     "mla_prefill": (
         functools.partial(K.mla_prefill, softmax_scale=0.1),
@@ -55,7 +59,7 @@ OPS = {
         ),
     ),
 }  # fmt: skip
-FP8_OPS = [name for name in OPS if "attention" not in name and name not in ("mla_decode", "mla_prefill", "cache_write")]
+FP8_OPS = [name for name in OPS if "cast" in name or "fp8" in name or "requantize" in name]
 
 
 @needs_pallas
