@@ -49,13 +49,15 @@ def plan_blocks(ids: Int[Array, "N K"], num_experts: int, *, block_size: int) ->
     pair_in_order = jnp.argsort(expert_of_pair, stable=True).astype(jnp.int32)
     expert_in_order = expert_of_pair[pair_in_order]
     experts = jnp.arange(num_experts, dtype=jnp.int32)
-    last = jnp.searchsorted(expert_in_order, experts, side="right").astype(jnp.int32)
+    last = jnp.searchsorted(expert_in_order, experts, side="right", method="scan_unrolled").astype(jnp.int32)
     load = jnp.diff(last, prepend=jnp.zeros((1,), jnp.int32))
     used_blocks = (load + (block_size - 1)) // block_size
     block_end = jnp.cumsum(used_blocks, dtype=jnp.int32)
     row_start = (block_end - used_blocks) * block_size
 
-    block_expert = jnp.searchsorted(block_end, jnp.arange(blocks, dtype=jnp.int32), side="right").astype(jnp.int32)
+    block_expert = jnp.searchsorted(
+        block_end, jnp.arange(blocks, dtype=jnp.int32), side="right", method="scan_unrolled"
+    ).astype(jnp.int32)
     safe_expert = jnp.minimum(block_expert, num_experts - 1)
     row_expert = jnp.repeat(safe_expert, block_size, total_repeat_length=blocks * block_size)
     offset = jnp.arange(blocks * block_size, dtype=jnp.int32) - row_start[row_expert]
