@@ -12,6 +12,7 @@ import pytest
 
 import dsv3_kernels as kernels
 from dsv3_jax.model.moe.dispatch import plan_blocks
+from dsv3_jax.model.moe.experts import routed_ffn
 from dsv3_jax.precision import fp8_experts, fp8_linear
 from dsv3_kernels import QTensor
 from dsv3_kernels.varying import varying_axes
@@ -53,6 +54,7 @@ prefill = functools.partial(kernels.mla_prefill, softmax_scale=0.1)
 write = functools.partial(kernels.cache_write, eps=1e-6)
 wide_gemm = functools.partial(kernels.fp8_gemm, out_dtype=jnp.float32)
 three_groups = functools.partial(kernels.grouped_fp8_gemm_k, num_groups=3)
+three_weights = functools.partial(kernels.grouped_matmul_k, num_groups=3)
 
 
 by_token = functools.partial(kernels.quantize_tiles, tile=(1, 128))
@@ -88,6 +90,15 @@ def splits() -> dict[str, Split]:
         "contraction: tokens": Split(three_groups, (columns, columns, ids(0, 2, 2, 2)), (SECOND, SECOND, FIRST), None),
         "short contraction: columns": Split(
             three_groups, (columns, by_token(normal(256, 512)), ids(0, 2, 2, -1)), (ALL, FIRST, ALL), THIRD
+        ),
+        "grouped bf16: rows": Split(
+            kernels.grouped_matmul, (normal(256, 64), normal(4, 64, 128), ids(0, 3, -1, 3)), (FIRST, ALL, FIRST), FIRST
+        ),
+        "grouped bf16: columns": Split(
+            kernels.grouped_matmul, (normal(256, 64), normal(4, 64, 128), ids(0, 3, -1, 3)), (ALL, THIRD, ALL), SECOND
+        ),
+        "bf16 contraction: tokens": Split(
+            three_weights, (normal(256, 64), normal(256, 128), ids(0, 2, 2, 2)), (FIRST, FIRST, FIRST), None
         ),
         "cast: tokens": Split(kernels.cast_tokens, (wide,), (FIRST,), FIRST),
         "cast: channels": Split(kernels.cast_tokens, (wide,), (SECOND,), SECOND),
@@ -142,6 +153,11 @@ def experts(x: Any, gate_up: Any, down: Any, weights: Any, chosen: Any) -> Any:
     return fp8_experts.routed_experts(x, params, weights, plan, dtype=jnp.bfloat16)
 
 
+def bf16_experts(x: Any, gate_up: Any, down: Any, weights: Any, chosen: Any) -> Any:
+    plan = plan_blocks(chosen, len(down), block_size=64)
+    return routed_ffn(x, {"gate_up": gate_up, "down": down}, weights, plan)
+
+
 def summed_experts(*arrays: Any) -> Any:
     """`experts`, of which each device has a part of the features."""
     parts = experts(*arrays)
@@ -173,6 +189,9 @@ def gradients() -> dict[str, Split]:
         "gradient of attention: columns": Split(gradient(layer("attention_linear"), 2), (x, w, d_y), *by_columns),
         "gradient of experts: tokens": Split(
             gradient(experts, 4), (*routed, d_y), (FIRST, ALL, ALL, *[FIRST] * 3), (FIRST, ALL, ALL, FIRST)
+        ),
+        "gradient of bf16 experts: tokens": Split(
+            gradient(bf16_experts, 4), (*routed, d_y), (FIRST, ALL, ALL, *[FIRST] * 3), (FIRST, ALL, ALL, FIRST)
         ),
         "gradient of experts: features": Split(
             gradient(summed_experts, 4), (*routed, d_y), (ALL, LAST, SECOND, ALL, ALL, ALL), (ALL, LAST, SECOND, ALL)

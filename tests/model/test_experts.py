@@ -1,4 +1,4 @@
-"""Grouped matmul and the experts' feed-forward against their plain twins."""
+"""The experts' feed-forward, in chunks and in grouped products, against every token through its experts."""
 
 from functools import partial
 
@@ -7,14 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.moe.dispatch import combine_rows, gather_rows, plan_blocks
-from dsv3_jax.model.moe.experts import (
-    CHUNK_ROWS,
-    expert_ffn,
-    grouped_matmul,
-    grouped_matmul_reference,
-    routed_ffn,
-)
+from dsv3_jax.model.moe import grouped, loops
+from dsv3_jax.model.moe.dispatch import no_gradient, plan_blocks
+from dsv3_jax.model.moe.experts import routed_ffn
 
 D, F, E = 24, 20, 5
 
@@ -26,85 +21,81 @@ BLOCKS = {
     "ragged": [0] * 1 + [1] * 7 + [2] * 13 + [4] * 2 + [-1] * 5,
     "holes": [0, -1, 1, 1, -1, -1, 3, 3, 3, -1, 4],
 }
-FEED_FORWARDS = {
-    "grouped": expert_ffn,
-    "reference": partial(expert_ffn, grouped_linear=grouped_matmul_reference),
-}
-
-
-def inputs(block_expert, block_size, dtype=jnp.float32, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def array(*shape):
-        return jnp.asarray(rng.standard_normal(shape), dtype)
-
-    rows = array(len(block_expert) * block_size, D)
-    return rows, array(E, D, F), {"gate_up": array(E, D, 2, F), "down": array(E, F, D)}, array(*rows.shape)
-
-
-def ffn_of_each_row(rows, params, row_expert):
-    """One row at a time, as the paper writes it."""
-    gate = jnp.einsum("md,mdf->mf", rows, params["gate_up"][row_expert, :, 0])
-    up = jnp.einsum("md,mdf->mf", rows, params["gate_up"][row_expert, :, 1])
-    out = jnp.einsum("mf,mfd->md", jax.nn.silu(gate) * up, params["down"][row_expert])
-    return jnp.where((row_expert >= 0)[:, None], out, 0)
 
 
 @pytest.mark.parametrize(
     ("blocks", "block_size"),
-    [*[(name, 8) for name in BLOCKS], ("ragged", 1), ("ragged", CHUNK_ROWS // 4), ("holes", CHUNK_ROWS)],
+    [*[(name, 8) for name in BLOCKS], ("ragged", 1), ("ragged", loops.CHUNK_ROWS // 4), ("holes", loops.CHUNK_ROWS)],
 )
-def test_grouped_matmul_equals_its_twin_with_gradients(blocks, block_size):
+def test_chunks_cover_each_used_block_once(blocks, block_size):
+    """Each row of the result is its expert plus one; chunks never hold rows of two experts."""
     block_expert = jnp.asarray(BLOCKS[blocks], jnp.int32)
-    with jax.enable_x64(True):
-        rows, weights, _, _ = inputs(block_expert, block_size, jnp.float64)
-        d_out = jnp.sin(jnp.arange(rows.shape[0] * F, dtype=jnp.float64)).reshape(rows.shape[0], F)
-        out, backward = jax.vjp(lambda r, w: grouped_matmul(r, w, block_expert), rows, weights)
-        expected, backward_expected = jax.vjp(lambda r, w: grouped_matmul_reference(r, w, block_expert), rows, weights)
-        # Both accumulate in float32 whatever the inputs are.
-        np.testing.assert_allclose(out, expected, atol=1e-4)
-        for ours, twin in zip(backward(d_out), backward_expected(d_out)):
-            np.testing.assert_allclose(ours, twin, atol=2e-6 * block_size * len(block_expert) + 1e-4)
+
+    def step(start, size, expert, visits):
+        return visits.at[start + jnp.arange(size)].add(expert + 1)
+
+    visits = jnp.zeros(len(BLOCKS[blocks]) * block_size, jnp.int32)
+    visits = loops.for_each_chunk(block_expert, block_size, step, visits, num_tokens=visits.size)
+    np.testing.assert_array_equal(visits, np.repeat(BLOCKS[blocks], block_size) + 1)
 
 
-@pytest.mark.parametrize("feed_forward", FEED_FORWARDS)
-@pytest.mark.parametrize("blocks", ["empty-experts", "ragged", "holes"])
-def test_feed_forward_equals_the_formula_with_gradients(blocks, feed_forward):
-    block_expert = jnp.asarray(BLOCKS[blocks], jnp.int32)
-    rows, _, params, d_out = inputs(block_expert, 8)
-    row_expert = jnp.repeat(block_expert, 8)
-    apply = FEED_FORWARDS[feed_forward]
-    out, backward = jax.vjp(lambda r, p: apply(r, p, block_expert), rows, params)
-    expected, backward_expected = jax.vjp(lambda r, p: ffn_of_each_row(r, p, row_expert), rows, params)
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=2e-4)
-    for ours, plain in zip(jax.tree.leaves(backward(d_out)), jax.tree.leaves(backward_expected(d_out))):
-        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=2e-3)
+def routed_inputs(name, dtype=jnp.float32):
+    rng = np.random.default_rng()
 
+    def array(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
 
-def routed_inputs(name):
-    rng = np.random.default_rng(3)
     N = {"one token": 1, "ragged": 97}.get(name, 1025)
     ids = np.argsort(rng.random((N, E)), axis=1)[:, :2]
     if name == "all to two":
         ids[:] = [4, 1]
-    _, _, params, x = inputs([0] * N, 1)
+    params = {"gate_up": array(E, D, 2, F), "down": array(E, F, D)}
     weights = jnp.asarray(rng.random((N, 2)), jnp.float32)
-    return x, params, weights, jnp.asarray(ids, jnp.int32)
+    return array(N, D), params, weights, jnp.asarray(ids, jnp.int32)
 
 
 def paper(x, params, weights, ids):
     """Every token through each of its experts (eq. 12)."""
-    each = ffn_of_each_row(jnp.repeat(x, 2, axis=0), params, ids.reshape(-1)).reshape(*ids.shape, D)
-    return (each * weights[:, :, None]).sum(axis=1)
+    expert = ids.reshape(-1)
+    rows = jnp.repeat(x, 2, axis=0)
+    gate = jnp.einsum("md,mdf->mf", rows, params["gate_up"][expert, :, 0])
+    up = jnp.einsum("md,mdf->mf", rows, params["gate_up"][expert, :, 1])
+    out = jnp.einsum("mf,mfd->md", jax.nn.silu(gate) * up, params["down"][expert])
+    return (out.reshape(*ids.shape, D) * weights[:, :, None]).sum(axis=1)
 
 
-def plain_routed(x, params, weights, plan):
-    return combine_rows(expert_ffn(gather_rows(x, plan), params, plan.block_expert), weights, plan)
+def composed(implementation):
+    """`routed_ffn` as a GPU runs it, of other implementations of the products."""
+
+    @jax.custom_vjp
+    def routed(x, params, weights, plan):
+        return forward(x, params, weights, plan)[0]
+
+    def forward(x, params, weights, plan):
+        gate_up = params["gate_up"].reshape(E, D, 2 * F)
+        arguments = (x, gate_up, params["down"], weights, plan)
+        out, hidden = grouped.forward(*arguments, keeps_hidden=True, implementation=implementation)
+        return out, (*arguments, hidden)
+
+    def backward(residuals, d_out):
+        x, gate_up, down, weights, plan, hidden = residuals
+        d_x, d_gate_up, d_down, d_weights = grouped.backward(
+            x, gate_up, down, weights, plan, hidden, d_out, implementation=implementation
+        )
+        d_params = {"gate_up": d_gate_up.reshape(E, D, 2, F), "down": d_down}
+        return d_x, d_params, d_weights, no_gradient(plan)
+
+    routed.defvjp(forward, backward)
+    return routed
+
+
+IMPLEMENTATIONS = {"chunks": routed_ffn, "xla": composed("xla"), "reference": composed("reference")}
 
 
 @pytest.mark.parametrize("load", ["one token", "ragged", "many", "all to two"])
-@pytest.mark.parametrize("routed", [routed_ffn, plain_routed])
+@pytest.mark.parametrize("routed", IMPLEMENTATIONS)
 def test_routed_experts_equal_every_token_through_its_experts_with_gradients(load, routed):
+    routed = IMPLEMENTATIONS[routed]
     x, params, weights, ids = routed_inputs(load)
     d_out = jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
     plan = plan_blocks(ids, E, block_size=16)
@@ -114,12 +105,29 @@ def test_routed_experts_equal_every_token_through_its_experts_with_gradients(loa
         out, backward = jax.vjp(lambda *args: routed(*args, plan), x, params, weights)
         return out, backward(d_out)
 
-    expected, backward = jax.vjp(lambda *args: paper(*args, ids), x, params, weights)
+    expected, backward = jax.vjp(lambda x, params, weights: paper(x, params, weights, ids), x, params, weights)
     out, gradients = run(x, params, weights)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(routed(x, params, weights, plan), out, rtol=1e-5, atol=1e-4)
     for ours, plain in zip(jax.tree.leaves(gradients), jax.tree.leaves(backward(d_out))):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * float(jnp.abs(plain).max()) + 1e-4)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_implementations_agree_in_bfloat16_with_gradients(block_size):
+    x, params, weights, ids = routed_inputs("many", jnp.bfloat16)
+    plan = plan_blocks(ids, E, block_size=block_size)
+
+    def run(routed):
+        out, backward = jax.vjp(lambda *args: routed(*args, plan), x, params, weights)
+        return jax.tree.leaves((out, backward(jnp.cos(x.astype(jnp.float32)).astype(x.dtype))))
+
+    chunks, *others = (jax.jit(partial(run, routed))() for routed in IMPLEMENTATIONS.values())
+    for other in others:
+        for ours, theirs in zip(chunks, other, strict=True):
+            assert ours.dtype == theirs.dtype
+            ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+            assert jnp.linalg.norm(ours - theirs) < 1e-2 * jnp.linalg.norm(theirs)
 
 
 def test_weights_are_cast_to_the_dtype_of_the_tokens_and_gradients_back():

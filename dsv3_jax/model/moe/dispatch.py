@@ -87,7 +87,7 @@ def _gather_rows_forward(x, plan):
 
 
 def _gather_rows_backward(plan, d_rows):
-    return sum_pairs(d_rows, plan), _no_gradient(plan)
+    return sum_pairs(d_rows, plan), no_gradient(plan)
 
 
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
@@ -108,12 +108,11 @@ def _combine_rows_forward(rows, weights, plan):
 def _combine_rows_backward(residuals, d_out):
     rows, weights, plan = residuals
     d_out_wide = d_out.astype(jnp.float32)
-    weight_M = weights.astype(jnp.float32).reshape(-1).at[plan.pair_of].get(mode="fill", fill_value=0)
-    d_rows = d_out_wide.at[plan.token_of].get(mode="fill", fill_value=0) * weight_M[:, None]
+    d_rows = d_out_wide.at[plan.token_of].get(mode="fill", fill_value=0) * weight_of_row(weights, plan)[:, None]
     d_weights = jnp.stack(
         [(rows[slot_N].astype(jnp.float32) * d_out_wide).sum(axis=1) for slot_N in plan.slot_of.T], axis=1
     )
-    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), _no_gradient(plan)
+    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), no_gradient(plan)
 
 
 combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
@@ -125,5 +124,11 @@ def sum_pairs(rows: Float[Array, "M D"], plan: BlockPlan) -> Float[Array, "N D"]
     return total.astype(rows.dtype)
 
 
-def _no_gradient(plan: BlockPlan) -> BlockPlan:
+def weight_of_row(weights: Float[Array, "N K"], plan: BlockPlan) -> Float[Array, "M"]:
+    """The weight of each row's pair, zero where the row is padding."""
+    return weights.astype(jnp.float32).reshape(-1).at[plan.pair_of].get(mode="fill", fill_value=0)
+
+
+def no_gradient(plan: BlockPlan) -> BlockPlan:
+    """What a `jax.custom_vjp` returns for a plan, which is of integers."""
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), plan)
