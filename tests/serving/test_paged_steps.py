@@ -1,5 +1,6 @@
 """Serving from pages equals serving from contiguous rows, token for token."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,6 +171,17 @@ def test_bfloat16_pages_stay_near_float32(tiny: Tiny, unequal) -> None:
         assert cache.pages.dtype == policy.compute_dtype
         results.append(np.asarray(logits))
     assert np.linalg.norm(results[1] - results[0]) < 0.1 * np.linalg.norm(results[0])
+
+
+@one_of_them
+def test_one_plan_serves_all_layers(tiny: Tiny) -> None:
+    step = partial(paged_decode, tiny.cfg, policy=FLOAT32)
+    arguments = tiny.weights, jnp.zeros((2, 1), jnp.int32), everyone(2, 1), fresh_cache(tiny.cfg, 2, 1)
+    program = jax.make_jaxpr(step)(*arguments)
+    loops = [str(each) for each in program.eqns if each.primitive.name == "scan"]
+    assert all("name='mla_decode'" in loop and "name='plan_decode'" not in loop for loop in loops)
+    assert loops
+    assert str(program).count("name='plan_decode'") == 1
 
 
 @one_of_them

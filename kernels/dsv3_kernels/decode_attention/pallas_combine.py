@@ -109,11 +109,13 @@ def aot_cases() -> list[AotCase]:
             f"mla_decode_combine b{B}-r{S * H}",
             functools.partial(combine_parts, num_queries=S, num_heads=H),
             (
-                Partials(
-                    jax.ShapeDtypeStruct((B, S * H, LATENT), jnp.bfloat16),
-                    jax.ShapeDtypeStruct((B, S * H), jnp.float32),
-                    jax.ShapeDtypeStruct((2 * G, S * H, LATENT), jnp.float32),
-                    jax.ShapeDtypeStruct((2 * G, S * H), jnp.float32),
+                Partials._make(
+                    [
+                        jax.ShapeDtypeStruct((B, S * H, LATENT), jnp.bfloat16),
+                        jax.ShapeDtypeStruct((B, S * H), jnp.float32),
+                        jax.ShapeDtypeStruct((2 * G, S * H, LATENT), jnp.float32),
+                        jax.ShapeDtypeStruct((2 * G, S * H), jnp.float32),
+                    ]
                 ),
                 jax.ShapeDtypeStruct((G, 5), jnp.int32),
             ),

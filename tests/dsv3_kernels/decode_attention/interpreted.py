@@ -7,6 +7,7 @@ own, because a failed callback of the interpreter can wait for ever. It prints a
 import argparse
 import functools
 import json
+import sys
 import time
 
 import jax
@@ -191,6 +192,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     parser.add_argument("--races", action="store_true")
     options = parser.parse_args()
+    print(f"--seed {options.seed}", file=sys.stderr, flush=True)
     for case in options.cases:
         check = attend if case in CASES else merge if case in COMBINATIONS else plan
         report = check(case, options.seed, detect_races=options.races)
