@@ -134,6 +134,18 @@ def test_one_case_of_each_path_comes_first_then_ops_take_turns_small_cases_first
     ]
 
 
+@pytest.mark.slow
+def test_kernels_refuse_the_cases_for_plain_forms_and_no_other():
+    for case in check_cases():
+        shapes = jax.eval_shape(case.make_inputs, jax.random.key(0))
+        try:
+            jax.eval_shape(lambda inputs, case=case: case.run(inputs, "pallas"), shapes)
+            is_refused = False
+        except NotImplementedError:
+            is_refused = True
+        assert is_refused == case.is_plain, (case.op, case.name)
+
+
 def case_named(op: str, number: str) -> CheckCase:
     return case_of(doubled)._replace(op=op, name=op + number)
 

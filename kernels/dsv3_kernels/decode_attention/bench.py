@@ -41,13 +41,19 @@ WITHOUT_MULTICAST = (DecodeCase(128, 1, 128, 4096), DecodeCase(128, 1, 128, 3276
 ONE_TILE = DecodeCase(1, 1, 64, 64)
 """A page for one thread block: probabilities times latents, without multicast and without parts to combine."""
 
+GOAL_SHARE = 0.75
+"""Of the rate of bf16 products, where they bind."""
+
+FP8_OF_FEW_HEADS = tuple(DecodeCase(128, s, 16, k, is_fp8=True) for s in (1, 2) for k in (4096, 32768))
+"""Bound by memory, so that FP8 rows should pay most."""
+
 MAX_DRAWN_PAGES = 8192
 """Pages of random numbers; a larger pool repeats them at other addresses, which no cache can tell."""
 
 
 def bench_cases() -> list[BenchCase]:
-    """FlashMLA's benchmark, flops counted without regard to the mask as it does; then a few rows without multicast."""
-    rows = [_bench_case(case) for case in SPEED_CASES]
+    """FlashMLA's benchmark, flops counted without regard to the mask as it does; FP8 beside BF16; without multicast."""
+    rows = [_bench_fp8(case) if case.is_fp8 else _bench_case(case) for case in (*SPEED_CASES, *FP8_OF_FEW_HEADS)]
     alone = [
         row._replace(
             name=f"{row.name} without multicast",
@@ -76,6 +82,23 @@ def _bench_case(case: DecodeCase) -> BenchCase:
         torch=_torch(case),
         is_quick=case in SPEED_CASES[:1],
         is_bf16=True,
+        goal_share=GOAL_SHARE,
+        num_launches=2,
+    )
+
+
+def _bench_fp8(case: DecodeCase) -> BenchCase:
+    """With the same rows in BF16 among the inputs, for the kernel that is to be no faster."""
+
+    def of_bf16(inputs: tuple[Inputs, Array]) -> tuple[Array, Array]:
+        (q_latent, q_rope, _, page_table, seq_lens), kv_pages = inputs
+        return _run(case, (q_latent, q_rope, kv_pages, page_table, seq_lens), implementation="pallas")
+
+    row = _bench_case(case)
+    return row._replace(
+        make_inputs=functools.partial(_make_both, case),
+        kernel=lambda inputs: row.kernel(inputs[0]),
+        others={"XLA": lambda inputs: row.others["XLA"](inputs[0]), "BF16 cache": of_bf16},
     )
 
 
@@ -97,6 +120,18 @@ def check_cases() -> list[CheckCase]:
 
 def make_inputs(case: DecodeCase, key: jax.Array) -> Inputs:
     """As `cases.make_inputs`, on the device; only the lengths are the same for every key."""
+    q_latent, q_rope, pages, page_table, seq_lens = _drawn(case, key)
+    return q_latent, q_rope, pages(case.is_fp8), page_table, seq_lens
+
+
+def _make_both(case: DecodeCase, key: jax.Array) -> tuple[Inputs, Array]:
+    """`make_inputs` with an FP8 cache, and the same cache in BF16."""
+    q_latent, q_rope, pages, page_table, seq_lens = _drawn(case, key)
+    return (q_latent, q_rope, pages(True), page_table, seq_lens), pages(False)
+
+
+def _drawn(case: DecodeCase, key: jax.Array) -> tuple[Array, Array, Callable[[bool], Array], Array, Array]:
+    """The inputs, with a function of whether the pages are FP8."""
     lengths = case.lengths()
     pages_used = -(-lengths // PAGE_SIZE)
     num_pages = int(pages_used.sum()) + 1
@@ -113,12 +148,14 @@ def make_inputs(case: DecodeCase, key: jax.Array) -> Inputs:
     tokens = jnp.zeros(num_pages, jnp.int32).at[ids].set(tokens_in_line.astype(np.int32))
     is_token = jnp.arange(PAGE_SIZE, dtype=jnp.int32)[None, :, None] < tokens[:, None, None]
     kv = _noise(kv_key, (min(num_pages, MAX_DRAWN_PAGES), PAGE_SIZE, LATENT_DIM + ROPE_DIM))
-    if case.is_fp8:
-        kv = pack_fp8_cache_rows(kv[..., :LATENT_DIM], kv[..., LATENT_DIM:])
-    unused = jnp.asarray(0xFF if case.is_fp8 else jnp.nan, kv.dtype)  # bytes that are NaN in E4M3, float32 and BF16
-    kv_pages = jnp.where(is_token, kv[np.arange(num_pages, dtype=np.int32) % kv.shape[0]], unused)
+
+    def pages(is_fp8: bool) -> Array:
+        rows = pack_fp8_cache_rows(kv[..., :LATENT_DIM], kv[..., LATENT_DIM:]) if is_fp8 else kv
+        unused = jnp.asarray(0xFF if is_fp8 else jnp.nan, rows.dtype)  # bytes that are NaN in E4M3, float32 and BF16
+        return jnp.where(is_token, rows[np.arange(num_pages, dtype=np.int32) % kv.shape[0]], unused)
+
     q = _noise(query_key, (case.num_seqs, case.num_queries, case.num_heads, LATENT_DIM + ROPE_DIM))
-    return q[..., :LATENT_DIM], q[..., LATENT_DIM:], kv_pages, page_table, jnp.asarray(lengths)
+    return q[..., :LATENT_DIM], q[..., LATENT_DIM:], pages, page_table, jnp.asarray(lengths)
 
 
 def excess(absolute: float, relative: float) -> Callable[[Array, Array], Array]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dsv3_kernels.casts.api import cast_tokens
 from dsv3_kernels.gemm.api import fp8_gemm
 from dsv3_kernels.gemm.cases import (
     CASES,
@@ -53,13 +54,21 @@ DEEPGEMM = {
 
 TILES = ((1, 128), (128, 1), (128, 128))
 
+NUM_SMS = (132, 108)
+"""All of an H100, H800 or H200 SXM, and all but 24 that move tokens between devices meanwhile."""
+
 ONE_TILE_ADDED = GemmCase("one_tile_added", 64, 64, 128, "one tile", WEIGHT_GRADIENT, accumulates=True, is_small=True)
 ONE_CLUSTER = GemmCase("one_cluster", 64, 128, 128, "two tiles side by side", is_small=True)
 
 
 def bench_cases() -> list[BenchCase]:
-    """The published table first, then the other forward shapes, then gradients."""
-    return [_bench(case) for case in (*HEADLINE, *FORWARD_CASES, *GRADIENT_CASES)]
+    """The published table, rows as called and on fewer multiprocessors, the other forward shapes, gradients."""
+    return [
+        *map(_bench, HEADLINE),
+        *(_bench_called(case) for case in HEADLINE if case.n in (2112, 4096)),
+        *(_bench_on(case, num_sms) for case in HEADLINE[-2:] for num_sms in NUM_SMS),
+        *map(_bench, (*FORWARD_CASES, *GRADIENT_CASES)),
+    ]
 
 
 def check_cases() -> list[CheckCase]:
@@ -97,6 +106,38 @@ def _bench(case: GemmCase) -> BenchCase:
     )
 
 
+def _bench_called(case: GemmCase) -> BenchCase:
+    """As a layer calls it, from activations in bf16: with their cast."""
+
+    def kernel(inputs: GemmInputs) -> Array:
+        a = cast_tokens(inputs.exact_a, implementation="pallas")
+        return _run(case, inputs._replace(a=a), implementation="pallas")
+
+    return BenchCase(
+        op="fp8_gemm",
+        name=f"{case.name} as called, from bf16",
+        make_inputs=functools.partial(make_inputs, case),
+        kernel=kernel,
+        others={"XLA bf16": functools.partial(_bf16, case)},
+        flops=2.0 * case.m * case.n * case.k,
+        num_bytes=num_bytes(case) + case.m * case.k,
+        num_launches=2,
+    )
+
+
+def _bench_on(case: GemmCase, num_sms: int) -> BenchCase:
+    """What is left to a product beside communication."""
+    return _bench(case)._replace(
+        name=f"{case.name} on {num_sms} SMs",
+        kernel=functools.partial(_run, case, implementation="pallas", num_sms=num_sms),
+        others={},
+        published=None,
+        torch=None,
+        is_quick=False,
+        goal_share=num_sms / NUM_SMS[0],
+    )
+
+
 def _check(case: GemmCase, scale: str = "float32") -> CheckCase:
     return CheckCase(
         op="fp8_gemm",
@@ -126,13 +167,14 @@ def _check_path(path: str, case: GemmCase, tile: Tile) -> CheckCase:
     return _check(case)._replace(run=run, path=path)
 
 
-def _run(case: GemmCase, inputs: GemmInputs, implementation: str) -> Array:
+def _run(case: GemmCase, inputs: GemmInputs, implementation: str, num_sms: int | None = None) -> Array:
     return fp8_gemm(
         inputs.a,
         inputs.b,
         out_dtype=case.out_dtype,
         accumulate_into=inputs.accumulate_into,
         implementation=implementation,
+        num_sms=num_sms,
     )
 
 

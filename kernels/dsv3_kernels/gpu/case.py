@@ -64,6 +64,10 @@ class BenchCase(NamedTuple):
     """Whether `--quick` keeps it."""
     is_bf16: bool = False
     """Whether its products are of bf16, so that their rate is its ceiling, not that of FP8."""
+    goal_share: float | None = None
+    """The share of the rate of products to be reached where they bind; None for the published figure, or all of it."""
+    num_launches: int = 1
+    """Launches that it cannot do without, which cost something whatever they do."""
 
 
 class Comparison(NamedTuple):

@@ -26,9 +26,13 @@ class Ceilings(NamedTuple):
 
     def share(self, seconds: float, flops: float, num_bytes: float, *, is_bf16: bool = False) -> tuple[float, str]:
         """Share of the ceiling that `seconds` reach, and which one binds: "memory" or "compute"."""
-        rate = self.bf16_flops if is_bf16 else max(self.fp8_flops, self.bf16_flops)
-        memory, compute = num_bytes / self.copy_bytes, flops / rate
+        memory, compute = self.bounds(flops, num_bytes, is_bf16=is_bf16)
         return max(memory, compute) / seconds, "memory" if memory > compute else "compute"
+
+    def bounds(self, flops: float, num_bytes: float, *, is_bf16: bool = False) -> tuple[float, float]:
+        """Seconds that the bytes and the products need at least."""
+        rate = self.bf16_flops if is_bf16 else max(self.fp8_flops, self.bf16_flops)
+        return num_bytes / self.copy_bytes, flops / rate
 
 
 def measure_ceilings(measure: Measure, *, copy_bytes: int = COPY_BYTES, size: int = MATMUL_SIZE) -> Ceilings:

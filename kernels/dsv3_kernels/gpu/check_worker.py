@@ -5,38 +5,26 @@
 """
 
 import json
-import os
 import sys
-from typing import IO, Any
+from typing import Any
 
 from dsv3_kernels.gpu import machine
 from dsv3_kernels.gpu.case import check_cases
 from dsv3_kernels.gpu.checking import XLA_FLAGS, check, obstacle
+from dsv3_kernels.gpu.isolate import standard_output
 
 
 def main() -> None:
     """Serves until its standard input ends."""
     given: dict[str, Any] = json.loads(sys.argv[1])
-    answers = _standard_output()
+    tell = standard_output()
     machine.prepare(XLA_FLAGS)
     cases = {(case.op, case.name): case for case in check_cases(module=given["module"])}
-    _write(answers, machine.describe() | {"obstacle": obstacle(given["form"])})
+    tell(machine.describe() | {"obstacle": obstacle(given["form"])})
     for line in sys.stdin:
         request = json.loads(line)
         case = cases[request["op"], request["name"]]
-        _write(answers, check(case, given["form"], given["seed"]).as_data())
-
-
-def _standard_output() -> IO[str]:
-    """The pipe for answers; what anybody else prints goes to standard error from now on."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
-
-
-def _write(answers: IO[str], answer: dict[str, Any]) -> None:
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
+        tell(check(case, given["form"], given["seed"]).as_data())
 
 
 if __name__ == "__main__":

@@ -79,6 +79,18 @@ def answers(
             _end(process)
 
 
+def standard_output() -> Callable[[dict[str, Any]], None]:
+    """For the process: what writes an answer; what anybody else prints goes to standard error from now on."""
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def tell(answer: dict[str, Any]) -> None:
+        pipe.write(json.dumps(answer) + "\n")
+        pipe.flush()
+
+    return tell
+
+
 def _restarted(command: Sequence[str]) -> _Process:
     for attempt in range(RESTARTS):
         try:

@@ -62,6 +62,14 @@ def source_digest(modules: Iterable[str] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
+def version_of(package: str) -> str:
+    """Of what may be installed or not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def results_folder() -> Path:
     """`kernels/results` of a checkout; of an installed package, `results` where the user is."""
     return PACKAGE.parent / "results" if (PACKAGE.parent / "results").is_dir() else Path("results")

@@ -20,6 +20,8 @@ class Row(NamedTuple):
     """Fastest and slowest launch of the kernel."""
     ways: Mapping[str, Mapping[str, float]] = MappingProxyType({})
     """Of another way that was the fastest of several, by its name: seconds of each."""
+    kernels: tuple[float, ...] = ()
+    """Seconds of each kernel that the launch consists of, where they are known."""
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -32,6 +34,25 @@ class Row(NamedTuple):
     def fastest(self) -> dict[str, str]:
         """Which of several ways it was."""
         return {name: min(ways, key=ways.__getitem__) for name, ways in self.ways.items()}
+
+
+LAUNCH = 3e-6
+"""Seconds of a launch in which no bytes move, and that no kernel can hide. DeepGEMM's published times at M = 64 and 128
+are their bytes at 2.9 TB/s, taken for an H800's, and 1 to 5 µs; at 64 x 2112 x 7168 some 4 of 9 µs."""
+
+
+def goal_seconds(case: BenchCase, ceilings: Ceilings) -> float:
+    """What a launch should take at most.
+
+    Bound by memory: the bytes at the measured copy rate, and 3 µs for each launch. Bound by products: the share that is
+    the case's goal of their measured rate, else the published rate, else all of the measured one.
+    """
+    memory, compute = ceilings.bounds(case.flops, case.num_bytes, is_bf16=case.is_bf16)
+    if memory > compute:
+        return memory + LAUNCH * case.num_launches
+    if case.goal_share is None and case.published and case.published.tflops:
+        return case.flops / (case.published.tflops * 1e12)
+    return compute / (case.goal_share or 1.0)
 
 
 def as_data(row: Row, ceilings: Ceilings) -> dict[str, Any]:
@@ -48,6 +69,8 @@ def as_data(row: Row, ceilings: Ceilings) -> dict[str, Any]:
         "fastest_way": row.fastest,
         "way_us": {name: {way: _microseconds(ways[way]) for way in ways} for name, ways in row.ways.items()},
         "published": case.published._asdict() if case.published else None,
+        "goal_us": _microseconds(goal_seconds(case, ceilings)),
+        "kernels_us": [_microseconds(seconds) for seconds in row.kernels],
         "notes": list(row.notes),
     }
     if row.spread:
@@ -59,6 +82,7 @@ def as_data(row: Row, ceilings: Ceilings) -> dict[str, Any]:
             "gbps": round(case.num_bytes / row.kernel / 1e9, 1),
             "share_of_ceiling": round(share, 3),
             "ceiling": bound,
+            "share_of_goal": round(goal_seconds(case, ceilings) / row.kernel, 3),
         }
     return data
 
@@ -71,6 +95,9 @@ def markdown(machine: Mapping[str, Any], ceilings: Ceilings, rows: Sequence[Row]
         f"- ceilings measured in this run: copy {ceilings.copy_bytes / 1e9:.0f} GB/s, product of large matrices "
         f"{ceilings.bf16_flops / 1e12:.0f} TFLOPS in bf16, {ceilings.fp8_flops / 1e12:.0f} in FP8 without scales",
         "",
+        "`µs`: all that a call launches; `alone`: the longest of its kernels, of so many. `goal`: bound by memory, the "
+        f"bytes at the copy rate and {LAUNCH * 1e6:.0f} µs a launch; bound by products, a share of their rate that the "
+        "case sets, else the published rate, else all of theirs; `of goal`: it by the time taken, 100% reaches it. "
         "`of ceiling`: time that the bytes need at the copy rate or the products at the FP8 rate (bf16 products: at "
         "theirs), whichever is longer (m, c), by the time taken. `×`: how many times as long the other way takes; "
         "above 1 the kernel is faster. In brackets which of torch's ways it is, the fastest of those tried.",
@@ -82,17 +109,33 @@ def markdown(machine: Mapping[str, Any], ceilings: Ceilings, rows: Sequence[Row]
 
 def _table(op: str, rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
     others = list(dict.fromkeys(name for row in rows for name in row.others))
-    head = ["case", "µs", "TFLOPS", "GB/s", "of ceiling", "published", *(f"× {name}" for name in others), "note"]
+    head = [
+        "case",
+        "µs",
+        "alone",
+        "goal",
+        "of goal",
+        "TFLOPS",
+        "GB/s",
+        "of ceiling",
+        "published",
+        *(f"× {name}" for name in others),
+        "note",
+    ]
     lines = [f"## {op}", "", _line(head), _line(["---", *["---:"] * (len(head) - 2), "---"])]
     marks = _marks(rows)
     for row in rows:
         case = row.case
-        cells = [case.name, "not measured", "", "", ""]
+        goal = goal_seconds(case, ceilings)
+        cells = [case.name, "not measured", "", f"{goal * 1e6:.1f}", "", "", "", ""]
         if row.kernel is not None:
             share, bound = ceilings.share(row.kernel, case.flops, case.num_bytes, is_bf16=case.is_bf16)
             cells = [
                 case.name,
                 f"{row.kernel * 1e6:.1f}",
+                f"{max(row.kernels) * 1e6:.1f} of {len(row.kernels)}" if row.kernels else "",
+                f"{goal * 1e6:.1f}",
+                f"{goal / row.kernel:.0%}",
                 f"{case.flops / row.kernel / 1e12:.0f}",
                 f"{case.num_bytes / row.kernel / 1e9:.0f}",
                 f"{share:.0%} {bound[0]}",

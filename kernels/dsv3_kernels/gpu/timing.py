@@ -12,7 +12,7 @@ its launches: an upper bound, by some microseconds a launch.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,6 +21,16 @@ KERNEL_CLOCK, WALL_CLOCK = "CUPTI kernel time", "wall clock of repeated launches
 _L2_BYTES = 50e6
 _FORGETTING = 4
 _MOST_SETS = 32
+
+
+class Times(NamedTuple):
+    """Seconds of one launch of a function."""
+
+    median: float
+    least: float
+    most: float
+    kernels: tuple[float, ...] = ()
+    """Median of each of its kernels, in their order; () where the clock does not tell them apart."""
 
 
 def num_input_sets(num_bytes: float) -> int:
@@ -34,18 +44,26 @@ def repeated(function: Callable[[Any], Any]) -> Callable[[Sequence[Any]], list[A
     return jax.jit(lambda sets: [launch(inputs) for inputs in sets])
 
 
-def seconds_per_launch(
-    function: Callable[[Any], Any], sets: Sequence[Any], *, clock: str, samples: int
-) -> tuple[float, float, float]:
+def seconds_per_launch(function: Callable[[Any], Any], sets: Sequence[Any], *, clock: str, samples: int) -> Times:
     """Median, fastest and slowest launch of `function` over `samples` runs of the program.
 
     Raises: whatever tracing `function` raises; RuntimeError if CUPTI gives nothing.
     """
     program = repeated(function)
     jax.block_until_ready(program(sets))  # compiles; picks algorithms
-    measure = _kernel_seconds if clock == KERNEL_CLOCK else _wall_seconds
-    seconds = [launch for _ in range(samples) for launch in measure(program, sets)]
-    return statistics.median(seconds), min(seconds), max(seconds)
+    if clock != KERNEL_CLOCK:
+        return summed([(seconds,) for _ in range(samples) for seconds in _wall_seconds(program, sets)])._replace(
+            kernels=()
+        )
+    return summed([launch for _ in range(samples) for launch in _kernel_seconds(program, sets)])
+
+
+def summed(launches: Sequence[tuple[float, ...]]) -> Times:
+    """Of launches, each given by its kernels."""
+    seconds = [sum(launch) for launch in launches]
+    is_even = len({len(launch) for launch in launches}) == 1
+    kernels = tuple(statistics.median(each) for each in zip(*launches, strict=True)) if is_even else ()
+    return Times(statistics.median(seconds), min(seconds), max(seconds), kernels)
 
 
 def usable_clock() -> tuple[str, str]:
@@ -57,8 +75,8 @@ def usable_clock() -> tuple[str, str]:
     return KERNEL_CLOCK, ""
 
 
-def _kernel_seconds(program: Callable[[Sequence[Any]], Any], sets: Sequence[Any]) -> list[float]:
-    """Time on the GPU of each launch of one run: its kernels' times added up."""
+def _kernel_seconds(program: Callable[[Sequence[Any]], Any], sets: Sequence[Any]) -> list[tuple[float, ...]]:
+    """Times on the GPU of the kernels of each launch of one run."""
     from jax.experimental.mosaic.gpu import profiler  # needs a jax that this package does not ask for elsewhere
 
     _, kernels = profiler.measure(program, aggregate=False)(sets)
@@ -67,12 +85,12 @@ def _kernel_seconds(program: Callable[[Sequence[Any]], Any], sets: Sequence[Any]
     return split_launches([milliseconds / 1e3 for _, milliseconds in kernels], len(sets))
 
 
-def split_launches(kernels: Sequence[float], launches: int) -> list[float]:
-    """Kernel times in the order of their launch -> one sum a launch; the mean, if they do not divide evenly."""
+def split_launches(kernels: Sequence[float], launches: int) -> list[tuple[float, ...]]:
+    """Kernel times in the order of their launch -> those of each launch; their mean, if they do not divide evenly."""
     if len(kernels) % launches:
-        return [sum(kernels) / launches] * launches
+        return [(sum(kernels) / launches,)] * launches
     each = len(kernels) // launches
-    return [sum(kernels[i * each : (i + 1) * each]) for i in range(launches)]
+    return [tuple(kernels[i * each : (i + 1) * each]) for i in range(launches)]
 
 
 def _wall_seconds(program: Callable[[Sequence[Any]], Any], sets: Sequence[Any]) -> list[float]:

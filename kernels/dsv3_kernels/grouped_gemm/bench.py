@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dsv3_kernels.casts.api import cast_tokens
 from dsv3_kernels.gpu.case import BenchCase, CheckCase, Published, fp8_comparisons
 from dsv3_kernels.gpu.ceilings import bf16_product, fp8_product
 from dsv3_kernels.grouped_gemm import cases
@@ -15,6 +16,9 @@ from dsv3_kernels.grouped_gemm.cases import ContiguousCase, ContractionCase, Gro
 from dsv3_kernels.operands import BLOCK
 
 SOURCE = "DeepGEMM, H800"
+
+NUM_SMS = (132, 108)
+"""As of `gemm.bench`."""
 
 CONTIGUOUS_DEEPGEMM = {
     (4, 8192, 4096, 7168): (1346, 434),
@@ -36,7 +40,7 @@ Product = Callable[[Array, Array], Array]
 
 
 def bench_cases() -> list[BenchCase]:
-    """The published tables first, then ragged groups, masked decoding and weight gradients."""
+    """The published tables, rows as called and on fewer multiprocessors, ragged groups, decoding, weight gradients."""
     contiguous = [case for case in cases.CONTIGUOUS_CASES if not case.is_small]
     masked = [case for case in cases.MASKED_CASES if not case.is_small]
     contraction = [case for case in cases.CONTRACTION_CASES if not case.is_small and 0 not in case.blocks]
@@ -44,6 +48,10 @@ def bench_cases() -> list[BenchCase]:
         *(_bench_contiguous(case) for case in contiguous),
         *(_bench_masked(case) for case in masked),
         *(_bench_contraction(case) for case in contraction),
+        *(_called(_bench_contiguous(case), _contiguous, case.m * case.k) for case in contiguous[:2]),
+        *(_called(_bench_masked(case), _masked, sum(case.valid) * case.k) for case in masked[:2]),
+        *(_on(_bench_contiguous(case), _contiguous, num_sms) for case in contiguous[:2] for num_sms in NUM_SMS),
+        *(_on(_bench_masked(case), _masked, num_sms) for case in masked[:2] for num_sms in NUM_SMS),
     ]
 
 
@@ -58,6 +66,36 @@ def check_cases() -> list[CheckCase]:
 
 def _small_first(table: Sequence) -> list:
     return sorted(table, key=lambda case: not case.is_small)
+
+
+def _called(row: BenchCase, run: Callable[..., Array], num_elements: int) -> BenchCase:
+    """As a layer calls it, from rows in bf16: with their cast."""
+
+    def kernel(inputs: GroupedInputs) -> Array:
+        a = cast_tokens(inputs.exact_a, implementation="pallas")
+        return run(inputs._replace(a=a), implementation="pallas")
+
+    return row._replace(
+        name=f"{row.name} as called, from bf16",
+        kernel=kernel,
+        others={name: way for name, way in row.others.items() if "bf16" in name},
+        num_bytes=row.num_bytes + num_elements,
+        published=None,
+        num_launches=2,
+        is_quick=False,
+    )
+
+
+def _on(row: BenchCase, run: Callable[..., Array], num_sms: int) -> BenchCase:
+    """What is left to products beside communication."""
+    return row._replace(
+        name=f"{row.name} on {num_sms} SMs",
+        kernel=functools.partial(run, implementation="pallas", num_sms=num_sms),
+        others={},
+        published=None,
+        is_quick=False,
+        goal_share=num_sms / NUM_SMS[0],
+    )
 
 
 # Contiguous groups of rows
@@ -99,8 +137,8 @@ def _check_contiguous(case: ContiguousCase) -> CheckCase:
     )
 
 
-def _contiguous(inputs: GroupedInputs, implementation: str) -> Array:
-    return grouped_fp8_gemm(inputs.a, inputs.b, inputs.groups, implementation=implementation)
+def _contiguous(inputs: GroupedInputs, implementation: str, num_sms: int | None = None) -> Array:
+    return grouped_fp8_gemm(inputs.a, inputs.b, inputs.groups, implementation=implementation, num_sms=num_sms)
 
 
 def _contiguous_bf16(case: ContiguousCase, inputs: GroupedInputs) -> Array:
@@ -161,8 +199,8 @@ def _check_masked(case: MaskedCase) -> CheckCase:
     )
 
 
-def _masked(inputs: GroupedInputs, implementation: str) -> Array:
-    return grouped_fp8_gemm_masked(inputs.a, inputs.b, inputs.groups, implementation=implementation)
+def _masked(inputs: GroupedInputs, implementation: str, num_sms: int | None = None) -> Array:
+    return grouped_fp8_gemm_masked(inputs.a, inputs.b, inputs.groups, implementation=implementation, num_sms=num_sms)
 
 
 def _masked_exact(inputs: GroupedInputs) -> Array:

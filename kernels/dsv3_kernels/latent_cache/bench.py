@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dsv3_kernels.gpu.case import CheckCase, Comparison
+from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison
 from dsv3_kernels.latent_cache import api
 from dsv3_kernels.latent_cache.cases import CASES, PAGE_SIZE, UGLY, Case
 from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, ROPE_DIM, ROW_BYTES, unpack_fp8_cache_rows
@@ -18,6 +18,35 @@ a number of E4M3 an eighth, or a scale a step of bfloat16, which turns a few per
 
 ONE_ROW = Case("one_row", B=1, T=1, before=(63,))
 """The last of a page, of V3's widths."""
+
+
+LAYERS = 61
+"""Of V3: one write is shorter than the copy of a pool that jax makes of an input."""
+
+
+def bench_cases() -> list[BenchCase]:
+    """A step of all layers into one pool, which is copied once."""
+    return [
+        BenchCase(
+            op="cache_write",
+            name=f"{case.name}, {LAYERS} layers",
+            make_inputs=functools.partial(_make_step, case),
+            kernel=functools.partial(_step, case, form="pallas"),
+            others={"XLA": functools.partial(_step, case, form="xla")},
+            flops=0.0,
+            num_bytes=num_bytes(case),
+            is_quick=case is CASES[0],
+            num_launches=LAYERS + 1,
+        )
+        for case in CASES
+    ]
+
+
+def num_bytes(case: Case) -> float:
+    """Each layer's rows read and written, and the pool copied."""
+    row = ROW_BYTES if case.fp8 else 2 * (case.C + case.R)
+    rows = LAYERS * case.B * case.T * (2 * (case.C + case.R) + 4 * case.R + row)
+    return float(rows + 2 * _num_pages(case) * PAGE_SIZE * row)
 
 
 def check_cases() -> list[CheckCase]:
@@ -40,13 +69,16 @@ def check_cases() -> list[CheckCase]:
     ]
 
 
-def make_inputs(case: Case, key: jax.Array) -> dict[str, Array]:
-    """As `cases.make` on the device, in bfloat16; the last sequence gets a row less than the others, if it can."""
+def make_inputs(case: Case, key: jax.Array, num_pages: int | None = None) -> dict[str, Array]:
+    """As `cases.make` on the device, in bfloat16; the last sequence gets a row less than the others, if it can.
+
+    Twice as many pages as are needed, if no number is given.
+    """
     keys = dict(zip(("down", "scale", "angles", "pages", "table"), jax.random.split(key, 5), strict=True))
     B, T = case.B, case.T
     starts = [case.before[b % len(case.before)] for b in range(B)]
     num_columns = -(-(max(starts) + T) // PAGE_SIZE)
-    num_pages = 2 * B * num_columns
+    num_pages = num_pages or 2 * B * num_columns
     angles = jax.random.uniform(keys["angles"], (B, T, case.R // 2), maxval=6.0)
     if case.fp8:  # of zeros, which are no NaN
         pages = jnp.zeros((num_pages, PAGE_SIZE, ROW_BYTES), jnp.uint8)
@@ -62,6 +94,22 @@ def make_inputs(case: Case, key: jax.Array) -> dict[str, Array]:
         "starts": jnp.asarray(starts, jnp.int32),
         "counts": jnp.full(B, T, jnp.int32).at[-1].add(-(T > 1)),
     }
+
+
+def _num_pages(case: Case) -> int:
+    return case.B * -(-case.T // PAGE_SIZE)
+
+
+def _make_step(case: Case, key: jax.Array) -> dict[str, Array]:
+    """`make_inputs` at the start of a sequence, with no more pages than are written."""
+    return make_inputs(case._replace(before=(0,)), key, num_pages=_num_pages(case))
+
+
+def _step(case: Case, inputs: dict[str, Array], form: str) -> Array:
+    def layer(_: int, kv_pages: Array) -> Array:
+        return _run(inputs | {"kv_pages": kv_pages}, form, fp8_scale=case.fp8_scale)
+
+    return jax.lax.fori_loop(0, LAYERS, layer, inputs["kv_pages"])
 
 
 def worst_row(found: Array, expected: Array) -> Array:
