@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import dsv3_kernels as kernels
 from dsv3_kernels import QTensor, quantize_tiles
 from dsv3_kernels.gemm import reference, xla
 from dsv3_kernels.grouped_gemm import reference as grouped_reference
@@ -86,28 +87,33 @@ def test_equals_the_reference(name):
     assert calc_diff(found, expected) < limit, jax.tree.map(jnp.shape, arrays)
 
 
+def numbers(count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count,), jnp.int32)
+
+
 def shaped(*shape: int, rows: int = 1) -> QTensor:
     scales = (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // 128))
     return QTensor(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(scales, jnp.float32))
 
 
-NUMBERS = jax.ShapeDtypeStruct((8,), jnp.int32)
 M = N = K = 1024
-LARGE = {
-    "weights in blocks": (shaped(M, K), shaped(N, K, rows=128)),
-    "contiguous": (shaped(M, K), shaped(4, N, K, rows=128), NUMBERS),
-    "masked": (shaped(8, M, K), shaped(8, N, K, rows=128), NUMBERS),
-    "contraction": (shaped(M, K), shaped(N, K), NUMBERS),
+OPS = {
+    kernels.fp8_gemm: (shaped(M, K), shaped(N, K, rows=128)),
+    kernels.grouped_fp8_gemm: (shaped(M, K), shaped(4, N, K, rows=128), numbers(8)),
+    kernels.grouped_fp8_gemm_masked: (shaped(4, M, K), shaped(4, N, K, rows=128), numbers(4)),
+    functools.partial(kernels.grouped_fp8_gemm_k, num_groups=4): (shaped(M, K), shaped(N, K), numbers(8)),
 }
+DOT = r"dot_general.*: \(tensor<.*x(\w+)>, tensor<.*x(\w+)>\) -> tensor<.*x(\w+)>"
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_multiplies_in_bfloat16_in_the_memory_of_the_operands_without_branches_on_data(name):
-    _, product, draw = PRODUCTS[name]
-    _, settings = draw(np.random.default_rng())
-    text = jax.jit(functools.partial(product, **settings)).lower(*LARGE[name]).as_text()
-    dots = re.findall(r"dot_general.*: \(tensor<.*x(\w+)>, tensor<.*x(\w+)>\) -> tensor<.*x(\w+)>", text)
-    assert dots == [("bf16", "bf16", "f32")]
-    assert not re.search(r"stablehlo\.(case|if)", text)
+@pytest.mark.parametrize("op", OPS)
+def test_gpus_without_the_kernels_multiply_in_bfloat16_in_the_memory_of_the_operands(op):
+    """A product of all blocks of the contraction at once would take 8 M N."""
+    traced = jax.jit(functools.partial(op, implementation="xla")).trace(*OPS[op])
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(DOT, text) == [("bf16", "bf16", "f32")]
+    assert not re.search(r"stablehlo\.(case|if)", text), "the host would wait for data"
     sizes = {math.prod(map(int, dims.split("x"))) for dims in re.findall(r"tensor<([\dx]+)x\w+>", text)}
-    assert max(sizes) == {"weights in blocks": 1, "masked": 8}.get(name, 4) * M * N, "of an operand, or of the sums"
+    assert max(sizes) <= 4 * M * N
+    on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert set(re.findall(DOT, on_cpu)) == {("f32", "f32", "f32")}

@@ -33,6 +33,7 @@ OP = dispatch.Op(
     kernel=_pallas,
     refuses=limits.refuses,
     axes="mk mk nk nk mn -> mn",
+    xla_gpu=xla.fp8_gemm_in_bf16,
 )
 
 

@@ -40,6 +40,7 @@ CONTIGUOUS = dispatch.Op(
     kernel=_pallas("grouped_fp8_gemm"),
     refuses=limits.refuses,
     axes="mk mk gnk gnk m -> mn",
+    xla_gpu=xla.grouped_fp8_gemm_in_bf16,
 )
 MASKED = dispatch.Op(
     "grouped_fp8_gemm_masked",
@@ -48,6 +49,7 @@ MASKED = dispatch.Op(
     kernel=_pallas("grouped_fp8_gemm_masked"),
     refuses=limits.refuses,
     axes="gmk gmk gnk gnk g -> gmn",
+    xla_gpu=xla.grouped_fp8_gemm_masked_in_bf16,
 )
 CONTRACTION = dispatch.Op(
     "grouped_fp8_gemm_k",
@@ -56,6 +58,7 @@ CONTRACTION = dispatch.Op(
     kernel=_pallas("grouped_fp8_gemm_k"),
     refuses=limits.refuses,
     axes="mk mk nk nk k gmn -> gmn",
+    xla_gpu=xla.grouped_fp8_gemm_k_in_bf16,
 )
 
 
