@@ -125,17 +125,5 @@ def checked_accumulator(op: str, array: Any, *, shape: tuple[int, ...]) -> jax.A
     return buffer
 
 
-def zeros_varying_as(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *arrays: jax.Array) -> jax.Array:
-    """Zeros that vary over the mesh axes of `arrays`, as a sum of their products would (inside `jax.shard_map`).
-
-    A choice between zeros and zeros by a number of each array: every jax types it so, and XLA removes it.
-    """
-    zeros = jnp.zeros(shape, dtype)
-    for array in arrays:
-        first = array.reshape(-1)[:1].astype(jnp.float32)
-        zeros = jnp.where((first != first).any(), zeros, zeros)
-    return zeros
-
-
 def _array(x: Any) -> jax.Array:
     return x if isinstance(x, jax.Array) else jnp.asarray(x)

@@ -1,7 +1,7 @@
 """Every op inside `jax.shard_map`: ways to split its arrays, over which axes of a mesh its results vary, gradients."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import dsv3_kernels as kernels
 from dsv3_jax.model.moe.dispatch import plan_blocks
 from dsv3_jax.model.moe.experts import routed_ffn
 from dsv3_jax.precision import fp8_experts, fp8_linear
-from dsv3_kernels import QTensor
+from dsv3_kernels import QTensor, dispatch
 from dsv3_kernels.varying import varying_axes
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -203,15 +203,25 @@ OPS = splits()
 SPLITS = OPS | gradients()
 
 
-def run(function: Callable[..., Any], split: Split, *, joined: bool = True) -> Any:
-    """`function` of the split's arrays on two devices; typed as varying over none if not `joined`."""
+REPEATED = ("decode: heads", "decode: pages", "gradient of prefill: heads", "gradient of prefill: queries")
+"""Splits whose kernels are those of a split before them, and take seconds to lower."""
+LONG = "gradient of experts: tokens"
+
+
+def each(names: Iterable[str], *, slow: Container[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@functools.cache
+def program(name: str) -> Any:
+    """What two devices run; traced once for all tests."""
+    split = SPLITS[name]
 
     def of_a_device(*arrays: Any) -> Any:
-        result = function(*arrays)
-        return jax.lax.psum(result, "data") if joined and split.out is None else result
+        result = split.op(*arrays)
+        return jax.lax.psum(result, "data") if split.out is None else result
 
-    out = split.out if joined and split.out is not None else ALL
-    return on_two_devices(of_a_device, split.specs, out)
+    return on_two_devices(of_a_device, split.specs, ALL if split.out is None else split.out)
 
 
 @functools.cache
@@ -221,10 +231,9 @@ def of_one_device(what: str) -> Any:
     return jax.jit(split.op)(*split.arrays)
 
 
-@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("name", each(SPLITS, slow=(LONG,)))
 def test_two_devices_give_what_one_does(name):
-    split = SPLITS[name]
-    found, expected = run(split.op, split)(*split.arrays), of_one_device(name.split(":")[0])
+    found, expected = program(name)(*SPLITS[name].arrays), of_one_device(name.split(":")[0])
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
@@ -234,8 +243,15 @@ def test_two_devices_give_what_one_does(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_results_vary_over_the_axes_of_the_arrays(name):
-    split = SPLITS[name]
+    """Whichever implementation a target gets: the types are the same for all."""
+    op, arrays, specs, _ = SPLITS[name]
     with pytest.raises(ValueError, match="out_specs"):
-        run(split.op, split, joined=False).trace(*split.arrays)
-    shared = split._replace(specs=tuple(ALL for _ in split.specs))
-    run(split.op, shared, joined=False).trace(*split.arrays)
+        on_two_devices(op, specs, ALL).trace(*arrays)
+    on_two_devices(op, tuple(ALL for _ in specs), ALL).trace(*arrays)
+
+
+@pytest.mark.skipif(jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX, reason="jax older than the kernels need")
+@pytest.mark.parametrize("name", each(SPLITS, slow=(*REPEATED, LONG)))
+def test_kernels_are_lowered_for_cuda(name):
+    text = program(name).trace(*SPLITS[name].arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in text) != name.startswith("read"), "XLA gathers what is read"
