@@ -69,7 +69,7 @@ def backward(
     return sum_pairs(d_x, tall), d_gate_up, d_down, d_weights
 
 
-def fewgather_rows(
+def few_tokens(
     gate_up: Float[Array, "LE D F2"],
     down: Float[Array, "LE F D"],
     first: Int[Array, ""],
