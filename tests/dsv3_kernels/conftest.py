@@ -22,6 +22,9 @@ def interpreted(request: pytest.FixtureRequest, repository: Path) -> Callable[..
         paths = os.pathsep.join([str(repository), str(repository / "kernels")])
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
         environment.pop("XLA_FLAGS", None)  # one device is enough
+        # XLA runs some callbacks on a pool of as many threads as there are cores. Those of a barrier wait there, and a
+        # kernel that waits in more places at once than that would never go on.
+        environment["NPROC"] = "32"
         program = str(request.path.with_name("interpreted.py"))
         result = run_watched([sys.executable, program, *arguments], env=environment)
         assert result.returncode == 0, f"{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
