@@ -21,11 +21,11 @@ def grids(lowered: jax.stages.Lowered) -> list[tuple[int, int, int]]:
 
 
 def _grid(module: bytes) -> tuple[int, int, int]:
-    """The operands of gpu.launch before the block's size and the shared memory, which are constants."""
+    """The operands of gpu.launch after its token, before the sizes of blocks, clusters and shared memory: constants."""
     with make_ir_context() as context:
         context.allow_unregistered_dialects = True
         text = str(ir.Module.parse(module))
     constants = dict(re.findall(r"(%\d+) = \"\S*arith\.constant\"\(\) \{value = (\d+) :", text))
     [operands] = re.findall(r"gpu\.launch\"\(([^)]*)\)", text)
-    x, y, z = (int(constants[name]) for name in operands.split(", ")[-7:-4])
+    x, y, z = (int(constants[name]) for name in operands.split(", ")[1:4])
     return x, y, z

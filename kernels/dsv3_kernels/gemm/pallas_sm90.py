@@ -13,7 +13,7 @@ from dsv3_kernels.aot.case import FP8_MMA, AotCase
 from dsv3_kernels.operands import row_tile
 from dsv3_kernels.quantize import QTensor
 from dsv3_kernels.sm90 import kernel, padding, shapes
-from dsv3_kernels.sm90.schedule import Carry, Position, Work, divide, for_each, make_grid
+from dsv3_kernels.sm90.schedule import Carry, Position, Work, for_each, make_grid
 from dsv3_kernels.sm90.tile import BLOCK_K, Tile
 from dsv3_kernels.tiles.model import Problem
 
@@ -40,10 +40,9 @@ def fp8_gemm(
     if tile is None:
         problem = tiles.dense(M, N, K, out_dtype=out_dtype, is_b_scaled_by_row=is_b_scaled_by_row)
         tile = tiles.choose(tiles.DENSE, problem)
-    parts = tile.split_k
-    shape, dtype = ((M, N), out_dtype) if parts == 1 else ((parts, M, N), jnp.float32)
-    out = padding.padded_output(tile, shape, dtype)
-    buffer = None if accumulate_into is None or parts > 1 else padding.pad_to(accumulate_into, out.shape)
+    num_sms = num_sms or tiles.num_sms()
+    tile = tile.within(num_sms)
+    out = padding.padded_output(tile, (M, N), out_dtype)
     result = kernel.gemm(
         "fp8_gemm",
         padding.padded_operands(a, b),
@@ -51,16 +50,12 @@ def fp8_gemm(
         tile=tile,
         walk=_walk(tile, M, N, -(-K // BLOCK_K)),
         out=out,
-        accumulate_into=buffer,
+        accumulate_into=None if accumulate_into is None else padding.pad_to(accumulate_into, out.shape),
         is_b_scaled_by_row=is_b_scaled_by_row,
-        num_sms=num_sms or tiles.num_sms(),
+        num_sms=num_sms,
         interpret=interpret,
     )
-    result = padding.cut_to(result, shape)
-    if parts == 1:
-        return result
-    total = result.sum(0)
-    return (total if accumulate_into is None else total + accumulate_into).astype(out_dtype)
+    return padding.cut_to(result, (M, N))
 
 
 def aot_cases() -> list[AotCase]:
@@ -82,19 +77,19 @@ def _aot_case(problem: Problem, tile: Tile) -> AotCase:
 
 
 def _walk(tile: Tile, rows: int, columns: int, blocks: int) -> kernel.Walk:
-    """All tiles; with split_k all of one part of the contraction, then all of the next."""
+    """All tiles; with split_k each block of a cluster takes its part of the contraction of the same one."""
     grid = make_grid(tile, rows, columns)
     per_part = -(-blocks // tile.split_k)
 
     def walk(_: tuple[Any, ...], position: Position, visit: kernel.Visit, carry: Carry) -> Carry:
-        def one(index: Any, carry: Carry) -> Carry:
-            if tile.split_k == 1:
-                return visit(Work(*grid.corner(index, position.rank), jnp.int32(0), jnp.int32(blocks)), carry)
-            part, inside = divide(index, grid.size)
-            first = part * per_part
-            count = lax.max(lax.min(jnp.int32(per_part), blocks - first), jnp.int32(0))
-            return visit(Work(*grid.corner(inside, position.rank), first, count, out_lead=part), carry)
+        first, count = jnp.int32(0), jnp.int32(blocks)
+        if tile.split_k > 1:
+            first = lax.min(position.rank * per_part, count)
+            count = lax.min(jnp.int32(per_part), count - first)
 
-        return for_each(position, jnp.int32(grid.size * tile.split_k), one, carry)
+        def one(index: Any, carry: Carry) -> Carry:
+            return visit(Work(*grid.corner(index, position.rank), first, count), carry)
+
+        return for_each(position, jnp.int32(grid.size), one, carry)
 
     return walk

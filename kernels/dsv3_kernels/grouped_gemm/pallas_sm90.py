@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from dsv3_kernels import tiles
@@ -15,6 +17,8 @@ from dsv3_kernels.sm90 import kernel, padding, shapes
 from dsv3_kernels.sm90.schedule import Carry, Position, Work, divide, for_each, make_grid
 from dsv3_kernels.sm90.tile import BLOCK_K, Tile
 from dsv3_kernels.tiles.model import Problem
+
+IDS_AT_ONCE = 8
 
 
 def grouped_fp8_gemm(
@@ -32,7 +36,8 @@ def grouped_fp8_gemm(
     A tile lies within one block of 128 rows, so it has one group; blocks of a cluster share the rows of a.
     """
     (M, K), N = a.values.shape, b.values.shape[1]
-    tile = tile or tiles.choose(tiles.CONTIGUOUS, tiles.contiguous(M, N, K, out_dtype=out_dtype))
+    num_sms = num_sms or tiles.num_sms()
+    tile = (tile or tiles.choose(tiles.CONTIGUOUS, tiles.contiguous(M, N, K, out_dtype=out_dtype))).within(num_sms)
     _check_tile("grouped_fp8_gemm", tile, 128)
     blocks = -(-K // BLOCK_K)
     grid = make_grid(tile, M, N)
@@ -65,7 +70,8 @@ def grouped_fp8_gemm_masked(
     kinds evenly, whatever the sizes of the groups.
     """
     (G, M, K), N = a.values.shape, b.values.shape[1]
-    tile = tile or tiles.choose(tiles.MASKED, tiles.masked(G, M, N, K, out_dtype=out_dtype))
+    num_sms = num_sms or tiles.num_sms()
+    tile = (tile or tiles.choose(tiles.MASKED, tiles.masked(G, M, N, K, out_dtype=out_dtype))).within(num_sms)
     _check_tile("grouped_fp8_gemm_masked", tile, 256)
     blocks = -(-K // BLOCK_K)
     grid = make_grid(tile, M, N)
@@ -118,13 +124,11 @@ def grouped_fp8_gemm_k(
 ) -> Float[Array, "G M N"]:
     """The form for sm_90a of `dsv3_kernels.grouped_gemm.api.grouped_fp8_gemm_k`.
 
-    Where a group's blocks begin and how many there are is found before the kernel, by a sum over `block_group`.
+    Where a group's blocks begin and how many there are the producer finds out, from `block_group`, before it loads.
     """
     (M, K), N = a.values.shape, b.values.shape[0]
-    tile = tile or tiles.choose(tiles.CONTRACTION, tiles.contraction(num_groups, M, N, K))
-    is_member = block_group[None, :] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]
-    starts = jnp.argmax(is_member, axis=1).astype(jnp.int32)
-    counts = is_member.sum(axis=1, dtype=jnp.int32)
+    num_sms = num_sms or tiles.num_sms()
+    tile = (tile or tiles.choose(tiles.CONTRACTION, tiles.contraction(num_groups, M, N, K))).within(num_sms)
     grid = make_grid(tile, M, N)
     out = padding.padded_output(tile, (num_groups, M, N), jnp.float32)
 
@@ -132,23 +136,69 @@ def grouped_fp8_gemm_k(
         def one(index: Any, carry: Carry) -> Carry:
             group, inside = divide(index, grid.size)
             row, column = grid.corner(inside, position.rank)
-            return visit(Work(row, column, lists[0][group], lists[1][group], out_lead=group), carry)
+            ranges = lists[1]
+            count = ranges[1, group] - ranges[0, group]
+            return visit(Work(row, column, ranges[0, group], count, out_lead=group), carry)
 
         return for_each(position, jnp.int32(grid.size * num_groups), one, carry)
 
     result = kernel.gemm(
         "grouped_fp8_gemm_k",
         padding.padded_operands(a, b),
-        (starts, counts),
+        (block_group,),
         tile=tile,
         walk=walk,
         out=out,
+        plan=_ranges(num_groups, K // BLOCK_K),
         accumulate_into=None if accumulate_into is None else padding.pad_to(accumulate_into, out.shape),
         is_b_scaled_by_row=True,
-        num_sms=num_sms or tiles.num_sms(),
+        num_sms=num_sms,
         interpret=interpret,
     )
     return padding.cut_to(result, (num_groups, M, N))
+
+
+def _ranges(num_groups: int, blocks: int) -> kernel.Plan:
+    """First block of each group and the one behind its last, int32 [2, num_groups]; 0 and 0 for a group without."""
+
+    def make(lists: tuple[Any, ...], plan: tuple[Any, ...]) -> None:
+        (ids,), (ranges,) = lists, plan
+
+        @pl.loop(0, num_groups)
+        def _clear(group: Any) -> None:
+            ranges[0, group] = jnp.int32(0)
+            ranges[1, group] = jnp.int32(0)
+
+        plgpu.commit_smem()  # no thread clears what another one has found
+
+        def known(group: Any) -> Any:
+            return lax.select((group >= 0) & (group < num_groups), group, jnp.int32(-1))
+
+        def look(i: Any, before: Any) -> Any:
+            # Loads of several ids are under way at once: one by one each would take as long as all.
+            blocks_here = [i * IDS_AT_ONCE + j for j in range(IDS_AT_ONCE)]
+            found = [known(ids[lax.min(block, jnp.int32(blocks - 1))]) for block in blocks_here]
+            for block, group in zip(blocks_here, found, strict=True):
+                changes = (block < blocks) & (group != before)
+
+                @pl.when(changes & (before >= 0))
+                def _end(block: Any = block, before: Any = before) -> None:
+                    ranges[1, before] = block
+
+                @pl.when(changes & (group >= 0))
+                def _begin(block: Any = block, group: Any = group) -> None:
+                    ranges[0, group] = block
+
+                before = group
+            return before
+
+        last = lax.fori_loop(jnp.int32(0), jnp.int32(-(-blocks // IDS_AT_ONCE)), look, jnp.int32(-1))
+
+        @pl.when(last >= 0)
+        def _end() -> None:
+            ranges[1, last] = jnp.int32(blocks)
+
+    return kernel.Plan((plgpu.SMEM((2, num_groups), jnp.int32),), make)
 
 
 def aot_cases() -> list[AotCase]:
@@ -194,7 +244,7 @@ def _run(
     walk: kernel.Walk,
     shape: tuple[int, ...],
     out_dtype: jax.typing.DTypeLike,
-    num_sms: int | None,
+    num_sms: int,
     interpret: Any,
 ) -> jax.Array:
     """A product with weights that share scales in 128x128 blocks."""
@@ -206,7 +256,7 @@ def _run(
         walk=walk,
         out=padding.padded_output(tile, shape, out_dtype),
         is_b_scaled_by_row=False,
-        num_sms=num_sms or tiles.num_sms(),
+        num_sms=num_sms,
         interpret=interpret,
     )
     return padding.cut_to(result, shape)

@@ -1,25 +1,33 @@
 """The pipeline of a tile: one warpgroup loads 128 elements of the contraction at a time, two multiply and promote them.
 
 Barriers. Slot s of a ring of `stages` has up to four, and every thread waits for each of their phases once:
-- full[s]: arrives once for each of the first 4 copies of a stage, issued by this block's producer, and completes when
+- full[s]: arrives once for each of the first 2 copies of a stage, issued by this block's producer, and completes when
   all their bytes have landed, those that the other block of the cluster multicasts included. Both consumers wait.
   Bytes of the other block may come before this block's producer has arrived for the same phase: the phase cannot end
-  before its 4 arrivals, and not have begun later, for the other block waits for `shared_empty`.
+  before its 2 arrivals, and not have begun later, for the other block waits for `shared_empty`.
 - more[s] (tiles of 256 rows only): the same for the copy of the lower 128 rows of a, which are multiplied second.
-- empty[s]: arrives once a consumer of this block, by all its threads, after its last read of the slot: after the
-  tensor cores are done with the operands, and after the scales are in registers. The producer waits.
+- empty[s]: arrives once a consumer of this block, by all its threads, after the tensor cores are done with the
+  operands. The producer waits.
 - shared_empty[s] (clusters only): the same from the consumers of both blocks, before either overwrites half of the
-  other's slot. One thread a consumer arrives. That covers what a multicast overwrites, the operands: they are read by
-  the tensor cores alone, for the whole warpgroup, and done when any of its threads has waited for them. It does
-  not cover the scales, read thread by thread, which are not multicast: `empty` does.
+  other's slot. One thread a consumer arrives: the operands are read by the tensor cores alone, for the whole
+  warpgroup, and done when any of its threads has waited for them.
 Consumers arrive once at each slot before they start, so the producer waits before every copy without a special case
 for the first round; at the end it waits once more for every slot. No block thereby leaves while the other may still
 signal it or write to it, and no phase stays unobserved.
 
-The scales are read by threads and overwritten by copies, two proxies of memory. The arrival and the wait order such a
+Scales are read as they are stored, row by row, and a copy moves at least 16 bytes of a row. So they come in panels of 4
+columns, for 4 blocks of the contraction, in a ring of their own with barriers of the same kind: panel_full, which both
+copies of a panel arrive at, and panel_empty. A panel starts at a multiple of 4 blocks, wherever the tile's part of the
+contraction does.
+
+The panels are read by threads and overwritten by copies, two proxies of memory. The arrival and the wait order such a
 read before the write without a fence: arriving is a release, before which earlier reads are done; CUTLASS's pipelines
 hand their slots back the same way. The interpreter wants a fence there and gets one (`Ring.fences_reads`), so
 that its race detector can judge all the rest. Writes of threads that a copy reads are another matter: see `epilogue`.
+
+Where each row of b has a scale, a thread wants those of two neighbouring columns at once, which a panel has 16 bytes
+apart. Each consumer transposes them first, in memory of its own, of which there is as much again: a thread that is
+ahead writes one half while others read the other.
 """
 
 from collections.abc import Callable
@@ -31,17 +39,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_kernels.sm90.schedule import Work
-from dsv3_kernels.sm90.tile import BLOCK_K, CONSUMERS, SCALES_PER_STAGE, Tile, scale_runs
+from dsv3_kernels.sm90.tile import BLOCK_K, CONSUMERS, PANEL, Tile, b_scale_rows, scale_runs
 
-COPIES_PER_STAGE = 4
+COPIES_PER_STAGE = 2
 CLUSTER_AXIS = "cluster"
 
 
 class Operands(NamedTuple):
-    """In global memory, with a leading axis of groups where the work has one.
+    """In global memory, with a leading axis of groups where the work has one; scales as `QTensor` has them.
 
-    a [M, K], a_scales [K/128, M]: a stage's scales lie side by side. b [N, K]; b_scales [K/128, N], or
-    [K/128, ceil(N/128)] for 128x128 blocks.
+    a [M, K], a_scales [M, K/128]. b [N, K]; b_scales [N, K/128], or [ceil(N/128), K/128] for 128x128 blocks.
     """
 
     a: Any
@@ -55,26 +62,42 @@ class Ring(NamedTuple):
 
     a: Any
     b: Any
-    a_scales: Any
-    b_scales: Any
     full: Any
     empty: Any
+    a_scales: Any
+    b_scales: Any
+    panel_full: Any
+    panel_empty: Any
+    column_scales: Any = None
     more: Any = None
     shared_empty: Any = None
     fences_reads: bool = False
 
 
-def ring_types(tile: Tile, *, is_b_scaled_by_row: bool) -> Ring:
-    """What `plgpu.kernel` has to allocate for a ring."""
-    scales = tile.block_n if is_b_scaled_by_row else SCALES_PER_STAGE
-    stages = tile.stages
+class Place(NamedTuple):
+    """Where a warpgroup is in the ring."""
+
+    slot: Any
+    panel: Any
+
+
+def ring_types(tile: Tile, *, contraction: int, is_b_scaled_by_row: bool) -> Ring:
+    """What `plgpu.kernel` has to allocate for a ring of operands with so long a contraction."""
+    stages, panels = tile.stages, tile.panels
+    scale_rows = b_scale_rows(tile, is_b_scaled_by_row=is_b_scaled_by_row)
+    layout = swizzled(operand_swizzle(contraction), 1)
     return Ring(
-        a=plgpu.SMEM((stages, tile.block_m, BLOCK_K), jnp.float8_e4m3fn, transforms=swizzled(128, 1)),
-        b=plgpu.SMEM((stages, tile.block_n, BLOCK_K), jnp.float8_e4m3fn, transforms=swizzled(128, 1)),
-        a_scales=plgpu.SMEM((stages, tile.block_m), jnp.float32),
-        b_scales=plgpu.SMEM((stages, scales), jnp.float32),
+        a=plgpu.SMEM((stages, tile.block_m, BLOCK_K), jnp.float8_e4m3fn, transforms=layout),
+        b=plgpu.SMEM((stages, tile.block_n, BLOCK_K), jnp.float8_e4m3fn, transforms=layout),
         full=plgpu.Barrier(num_arrivals=COPIES_PER_STAGE, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        a_scales=plgpu.SMEM((panels, tile.block_m, PANEL), jnp.float32),
+        b_scales=plgpu.SMEM((panels, scale_rows, PANEL), jnp.float32),
+        panel_full=plgpu.Barrier(num_arrivals=2, num_barriers=panels),
+        panel_empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=panels),
+        column_scales=plgpu.SMEM((CONSUMERS, 2, PANEL, tile.column_scales), jnp.float32)
+        if is_b_scaled_by_row
+        else None,
         more=plgpu.Barrier(num_arrivals=1, num_barriers=stages) if tile.waves > 1 else None,
         shared_empty=plgpu.ClusterBarrier(collective_axes=(CLUSTER_AXIS,), num_arrivals=CONSUMERS, num_barriers=stages)
         if tile.cluster
@@ -82,8 +105,18 @@ def ring_types(tile: Tile, *, is_b_scaled_by_row: bool) -> Ring:
     )
 
 
-def swizzled(swizzle: int, item_size: int) -> tuple[Any, Any]:
-    """Rows in tiles of 8 by one swizzle of so many bytes: the layout of tensor cores, free of bank conflicts."""
+def operand_swizzle(contraction: int) -> int:
+    """Bytes of the swizzle in which operands are copied: copies want full ones of each row."""
+    return 64 if contraction % BLOCK_K == 64 else 128
+
+
+def swizzled(swizzle: int, item_size: int) -> tuple[Any, ...]:
+    """Rows in tiles of 8 by one swizzle of so many bytes: the layout of tensor cores, free of bank conflicts.
+
+    16 bytes are too few to move about.
+    """
+    if swizzle == 16:
+        return ()
     tiling = plgpu.TilingTransform((8, swizzle // item_size))  # pyright: ignore[reportAbstractUsage]
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
@@ -93,16 +126,30 @@ def next_slot(slot: Any, stages: int) -> Any:
     return lax.select(slot == stages - 1, jnp.int32(0), slot + 1)
 
 
-def load_tile(tile: Tile, operands: Operands, ring: Ring, work: Work, slot: Any, *, is_b_scaled_by_row: bool) -> Any:
-    """Fills one slot for each block of the contraction; returns the slot after the last."""
-    if is_b_scaled_by_row:
-        scale_column, scale_count = work.column, tile.block_n
-    else:
-        scale_column, scale_count = lax.div(work.column, jnp.int32(BLOCK_K)), SCALES_PER_STAGE
+def first_place() -> Place:
+    """Where every warpgroup starts."""
+    return Place(jnp.int32(0), jnp.int32(0))
 
-    def step(i: Any, slot: Any) -> Any:
-        block = work.first_block + i
-        inner = pl.ds(block * BLOCK_K, BLOCK_K)
+
+def load_tile(
+    tile: Tile, operands: Operands, ring: Ring, work: Work, place: Place, *, is_b_scaled_by_row: bool
+) -> Place:
+    """Fills a slot for each block of the contraction, and a panel for each 4; returns the place after the last."""
+    scale_row = work.column if is_b_scaled_by_row else lax.div(work.column, jnp.int32(BLOCK_K))
+    scale_rows = b_scale_rows(tile, is_b_scaled_by_row=is_b_scaled_by_row)
+
+    def load_panel(panel: Any, index: Any) -> None:
+        columns, full = pl.ds(index * PANEL, PANEL), ring.panel_full.at[panel]
+        plgpu.barrier_wait(ring.panel_empty.at[panel])
+        plgpu.copy_gmem_to_smem(
+            _at(operands.a_scales, work.a_lead, pl.ds(work.row, tile.block_m), columns), ring.a_scales.at[panel], full
+        )
+        plgpu.copy_gmem_to_smem(
+            _at(operands.b_scales, work.b_lead, pl.ds(scale_row, scale_rows), columns), ring.b_scales.at[panel], full
+        )
+
+    def load_block(slot: Any, _: Any, index: Any, block: Any, nothing: Any) -> tuple[Any, Any]:
+        inner = pl.ds((index * PANEL + block) * BLOCK_K, BLOCK_K)
         await_empty(ring, slot)
         full = ring.full.at[slot]
         height = tile.block_m // tile.waves
@@ -119,21 +166,15 @@ def load_tile(tile: Tile, operands: Operands, ring: Ring, work: Work, slot: Any,
             full,
             collective_axes=CLUSTER_AXIS if tile.cluster == "m" else None,
         )
-        plgpu.copy_gmem_to_smem(
-            _at(operands.a_scales, work.a_lead, block, pl.ds(work.row, tile.block_m)), ring.a_scales.at[slot], full
-        )
-        plgpu.copy_gmem_to_smem(
-            _at(operands.b_scales, work.b_lead, block, pl.ds(scale_column, scale_count)), ring.b_scales.at[slot], full
-        )
-        return next_slot(slot, tile.stages)
+        return next_slot(slot, tile.stages), nothing
 
-    return lax.fori_loop(jnp.int32(0), jnp.int32(work.num_blocks), step, slot)
+    return _each_block(tile, work, place, None, begin=load_panel, step=load_block)[0]
 
 
 def multiply_tile(
-    tile: Tile, ring: Ring, work: Work, slot: Any, consumer: Any, *, is_b_scaled_by_row: bool
-) -> tuple[Any, list[list[Any]]]:
-    """Multiplies and promotes what `load_tile` fills, and returns the slot after the last and this consumer's sums.
+    tile: Tile, ring: Ring, work: Work, place: Place, consumer: Any, *, is_b_scaled_by_row: bool
+) -> tuple[Place, list[list[Any]]]:
+    """Multiplies and promotes what `load_tile` fills; returns the place after the last, and this consumer's sums.
 
     The tensor cores add up 128 products in registers of their own; with both scales those are added to the float32
     sums of the tile (two-level accumulation). One consumer promotes while the other one's products are under way.
@@ -144,14 +185,31 @@ def multiply_tile(
     runs = [tile.columns] if is_b_scaled_by_row else _runs(tile)
     starts = [sum(runs[:i]) for i in range(len(runs))]
 
-    def b_scale_of(slot: Any) -> list[Any]:
+    def begin(panel: Any, index: Any) -> None:
+        plgpu.barrier_wait(ring.panel_full.at[panel])
         if is_b_scaled_by_row:
-            return [plgpu.load(ring.b_scales.at[slot, pl.ds(column, tile.columns)], layout=_COLUMNS)]
-        begin = lax.rem(work.column, jnp.int32(BLOCK_K)) + column
-        return [ring.b_scales[slot, lax.div(begin + start, jnp.int32(BLOCK_K))] for start in starts]
+            mine = ring.column_scales.at[consumer, lax.rem(index, jnp.int32(2))]
+            for block in range(PANEL):
+                for first in range(0, tile.column_scales, 64):
+                    scales = plgpu.load(
+                        ring.b_scales.at[panel, pl.ds(column + first, 64), block], layout=_ROWS, optimized=False
+                    )
+                    plgpu.store(mine.at[block, pl.ds(first, 64)], scales, optimized=False)
+            plgpu.commit_smem()
 
-    def step(_: Any, carry: Any) -> Any:
-        slot, sums = carry
+    def end(panel: Any) -> None:
+        if ring.fences_reads:
+            plgpu.commit_smem()
+        plgpu.barrier_arrive(ring.panel_empty.at[panel])
+
+    def b_scales_of(panel: Any, index: Any, block: Any) -> list[Any]:
+        if is_b_scaled_by_row:
+            mine = ring.column_scales.at[consumer, lax.rem(index, jnp.int32(2)), block]
+            return [plgpu.load(mine.at[pl.ds(0, tile.columns)], layout=_COLUMNS)]
+        first = lax.rem(work.column, jnp.int32(BLOCK_K)) + column
+        return [ring.b_scales[panel, lax.div(first + start, jnp.int32(BLOCK_K)), block] for start in starts]
+
+    def step(slot: Any, panel: Any, index: Any, block: Any, sums: Any) -> tuple[Any, Any]:
         plgpu.barrier_wait(ring.full.at[slot])
         for wave in range(tile.waves):
             if wave:
@@ -163,8 +221,8 @@ def multiply_tile(
 
             def multiply(products: Any, rows: Any = rows, columns: Any = columns) -> Any:
                 plgpu.wgmma(products, ring.a.at[slot, rows], ring.b.at[slot, columns].T)
-                a_scale = plgpu.load(ring.a_scales.at[slot, rows], layout=_ROWS)
-                b_scales = b_scale_of(slot)
+                a_scale = plgpu.load(ring.a_scales.at[panel, rows, block], layout=_ROWS, optimized=False)
+                b_scales = b_scales_of(panel, index, block)
                 return products[...], a_scale, b_scales
 
             products, a_scale, b_scales = pl.run_scoped(
@@ -177,13 +235,52 @@ def multiply_tile(
                 sums[wave][run] = sums[wave][run] + part * _scale(a_scale, b_scales[run], width)
             if wave < tile.waves - 1:
                 sums[wave] = list(lax.optimization_barrier(tuple(sums[wave])))
+        if tile.waves > 1:
+            # Another use of the zero that products start from keeps it out of their registers: ptxas then starts them
+            # from an immediate, and not from 64 moves.
+            return next_slot(slot + lax.optimization_barrier(jnp.int32(0)), tile.stages), sums
         return next_slot(slot, tile.stages), sums
 
     zeros = [
         [plgpu.layout_cast(jnp.zeros((64, width), jnp.float32), plgpu.Layout.WGMMA) for width in runs]
         for _ in range(tile.waves)
     ]
-    return lax.fori_loop(jnp.int32(0), jnp.int32(work.num_blocks), step, (slot, zeros))
+    return _each_block(tile, work, place, zeros, begin=begin, step=step, end=end)
+
+
+def _each_block(
+    tile: Tile,
+    work: Work,
+    place: Place,
+    carry: Any,
+    *,
+    begin: Callable[[Any, Any], None],
+    step: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]],
+    end: Callable[[Any], None] = lambda _: None,
+) -> tuple[Place, Any]:
+    """Walks the blocks of the work's part of the contraction, panel by panel.
+
+    begin(panel, which of all), then slot, carry = step(slot, panel, which of all, block within it, carry) for each of
+    its blocks, then end(panel).
+    """
+    # LLVM would unroll loops whose lengths it knows, and the producer, with 40 registers, would spill.
+    last = lax.optimization_barrier(work.first_block + work.num_blocks)
+    first_panel = lax.div(work.first_block, jnp.int32(PANEL))
+    num_panels = lax.div(last + PANEL - 1, jnp.int32(PANEL)) - first_panel
+
+    def one_panel(i: Any, both: Any) -> Any:
+        (slot, panel), carry = both
+        index = first_panel + i
+        first = lax.max(work.first_block - index * PANEL, jnp.int32(0))
+        count = lax.min(last - index * PANEL, jnp.int32(PANEL)) - first
+        begin(panel, index)
+        slot, carry = lax.fori_loop(
+            jnp.int32(0), count, lambda j, state: step(state[0], panel, index, first + j, state[1]), (slot, carry)
+        )
+        end(panel)
+        return Place(slot, next_slot(panel, tile.panels)), carry
+
+    return lax.fori_loop(jnp.int32(0), num_panels, one_panel, (place, carry))
 
 
 def consumer_offsets(tile: Tile, consumer: Any, wave: int) -> tuple[Any, Any]:
@@ -202,19 +299,27 @@ def await_empty(ring: Ring, slot: Any) -> None:
 
 def arrive_empty(ring: Ring, slot: Any) -> None:
     """Says that this consumer is done with the slot."""
-    if ring.fences_reads:
-        plgpu.commit_smem()
     plgpu.barrier_arrive(ring.empty.at[slot])
     if ring.shared_empty is not None:
         plgpu.barrier_arrive(ring.shared_empty.at[slot])
 
 
-def every_slot(stages: int, do: Callable[[Any], None]) -> None:
-    """do(slot) for each slot of the ring."""
+def release_all(tile: Tile, ring: Ring) -> None:
+    """What a consumer does before it starts: hands every slot and panel to the producer."""
+    _every(tile.stages, lambda slot: arrive_empty(ring, slot))
+    _every(tile.panels, lambda panel: plgpu.barrier_arrive(ring.panel_empty.at[panel]))
 
-    @pl.loop(0, stages)
-    def _visit(slot: Any) -> None:
-        do(slot)
+
+def await_all(tile: Tile, ring: Ring) -> None:
+    """What the producer does at the end: waits until every slot and panel is handed back."""
+    _every(tile.stages, lambda slot: await_empty(ring, slot))
+    _every(tile.panels, lambda panel: plgpu.barrier_wait(ring.panel_empty.at[panel]))
+
+
+def _every(count: int, do: Callable[[Any], None]) -> None:
+    @pl.loop(0, count)
+    def _visit(index: Any) -> None:
+        do(index)
 
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)

@@ -1,29 +1,30 @@
 """Operands as the copy engine of Hopper wants them, and the output as the caller does.
 
 A copy reaches beyond an edge (it reads zeros there, and drops what it writes), so no operand is padded to whole tiles.
-But its box is made of tiles of 8 rows by one swizzle of 128 bytes, so rows come in eights, and the contraction in full
-blocks. Of the shapes of the model that changes two, the input gradients of the latents (K = 2112 and 576); such
-operands are padded with zeros here, which costs a copy of them.
+But its box is made of tiles of 8 rows by one swizzle, so rows come in eights, and the contraction in 64 elements; and
+rows of scales in 16 bytes. Of the shapes of the model none has other values; the input gradients of the latents
+(K = 2112 and 576) and contractions of a number of tokens that 512 does not divide have other scales. What does not fit
+is padded with zeros here, which costs a copy of it.
 """
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_kernels.quantize import QTensor
-from dsv3_kernels.sm90.mainloop import Operands
-from dsv3_kernels.sm90.tile import BLOCK_K, Tile, output_chunk
+from dsv3_kernels.sm90.mainloop import Operands, operand_swizzle
+from dsv3_kernels.sm90.tile import PANEL, Tile, output_chunk
 
 ROWS = 8
 
 
 def padded_operands(a: QTensor, b: QTensor) -> Operands:
-    """Values in full eights of rows and full blocks of the contraction, scales with those of one stage side by side."""
+    """Values in full eights of rows and full swizzles of the contraction, scales in full panels."""
     return Operands(_values(a), _scales(a), _values(b), _scales(b))
 
 
 def padded_output(tile: Tile, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
     """Of an output [..., M, N]: M in eights, N in full swizzles."""
-    _, swizzle = output_chunk(tile.columns, dtype)
+    _, swizzle = output_chunk(tile.output_columns, dtype)
     *lead, M, N = shape
     return jax.ShapeDtypeStruct((*lead, _up(M, ROWS), _up(N, swizzle // jnp.dtype(dtype).itemsize)), dtype)
 
@@ -40,12 +41,12 @@ def cut_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _values(q: QTensor) -> jax.Array:
     *lead, R, K = q.values.shape
-    return pad_to(q.values, (*lead, _up(R, ROWS), _up(K, BLOCK_K)))
+    return pad_to(q.values, (*lead, _up(R, ROWS), _up(K, operand_swizzle(K))))
 
 
 def _scales(q: QTensor) -> jax.Array:
-    scales = jnp.swapaxes(q.scales, -1, -2)
-    return pad_to(scales, (*scales.shape[:-1], _up(scales.shape[-1], ROWS)))
+    *lead, R, blocks = q.scales.shape
+    return pad_to(q.scales, (*lead, R, _up(blocks, PANEL)))
 
 
 def _up(size: int, multiple: int) -> int:

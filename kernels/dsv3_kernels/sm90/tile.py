@@ -13,10 +13,16 @@ CONSUMERS = 2
 SHARED_LIMIT = 232448
 """Bytes of shared memory a block of an H100 can have (227 KiB)."""
 RESERVED = 2048
-"""Of that, for barriers and the alignment of buffers to a swizzle's period."""
-SCALES_PER_STAGE = 32
-"""Scales of 128x128 blocks fetched in a stage: as few as make the 128 bytes that Mosaic copies at least."""
-SWIZZLES = (128, 64, 32)
+"""Of that, for barriers and the list of groups of a grouped contraction."""
+ALIGNMENT = 1024
+"""Bytes that Mosaic rounds each buffer up to."""
+PANEL = 4
+"""Columns of scales that are copied at a time: the 16 bytes of a row that TMA copies at least, for 4 blocks of K."""
+BLOCK_SCALE_ROWS = 8
+"""Rows of scales of 128x128 blocks in a panel: as few as make the 128 bytes that Mosaic copies at least."""
+SWIZZLES = (128, 64, 32, 16)
+MOST_PARTS = 8
+"""Blocks of a cluster that every Hopper GPU can run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Tile:
     group: int = 8
     """Rows of tiles that are walked down before the next column of tiles, so that both operands stay in L2."""
     split_k: int = 1
-    """Parts of the contraction computed by different blocks, where there are too few tiles to fill the GPU."""
+    """Blocks of a cluster that share a tile, each with a part of the contraction, where tiles are few and K is long."""
 
     def __post_init__(self) -> None:
         if self.block_m not in (64, 128, 256):
@@ -48,7 +54,14 @@ class Tile:
         if min(self.stages, self.group, self.split_k) < 1 or self.stages > 32:
             raise ValueError(f"{self} needs 1 to 32 stages, and group and split_k of at least 1.")
         if self.cluster and self.split_k > 1:
-            raise ValueError(f"{self} has both a cluster and split_k; blocks of a cluster share one part of K.")
+            raise ValueError(
+                f"{self} has both a cluster and split_k; parts of a contraction are a cluster of their own."
+            )
+        if self.split_k > MOST_PARTS or width % (8 * self.split_k):
+            raise ValueError(
+                f"split_k={self.split_k} must be 1 to {MOST_PARTS}, and each part adds up 8, 16, ... of the {width} "
+                "columns of a consumer."
+            )
 
     @property
     def columns(self) -> int:
@@ -63,7 +76,26 @@ class Tile:
     @property
     def cluster_size(self) -> int:
         """Thread blocks in a cluster."""
-        return 2 if self.cluster else 1
+        return 2 if self.cluster else self.split_k
+
+    @property
+    def output_columns(self) -> int:
+        """Columns that one consumer writes: those that it adds up where other blocks have parts of them."""
+        return self.columns // self.split_k
+
+    @property
+    def panels(self) -> int:
+        """Panels of scales in shared memory: of the block that is multiplied, the last of its panel, and all others."""
+        return -(-(self.stages - 1) // PANEL) + 1
+
+    @property
+    def column_scales(self) -> int:
+        """Scales of a consumer's columns where each has its own, in full runs of the 64 that are moved at a time."""
+        return -(-self.columns // 64) * 64
+
+    def within(self, num_sms: int) -> "Tile":
+        """This tile, or blocks on their own where a cluster needs more SMs than there are."""
+        return self if self.cluster_size <= num_sms else dataclasses.replace(self, cluster="", split_k=1)
 
     @property
     def name(self) -> str:
@@ -84,21 +116,42 @@ def output_chunk(columns: int, dtype: jax.typing.DTypeLike) -> tuple[int, int]:
 
 
 def output_slots(tile: Tile, dtype: jax.typing.DTypeLike, *, is_b_scaled_by_row: bool) -> int:
-    """Chunks of a consumer that can be on their way to memory at once: as many as fit beside the stages.
+    """Chunks of a consumer that can be on their way to memory at once: as many as fit beside the ring.
 
     A divisor of the chunks of a tile, so that every tile begins with slot 0. 0 if not even one fits.
     """
-    width, _ = output_chunk(tile.columns, dtype)
-    chunks = tile.waves * (tile.columns // width)
-    free = SHARED_LIMIT - RESERVED - tile.stages * stage_bytes(tile, is_b_scaled_by_row=is_b_scaled_by_row)
-    fitting = free // (CONSUMERS * 64 * width * jnp.dtype(dtype).itemsize)
+    width, _ = output_chunk(tile.output_columns, dtype)
+    chunks = tile.waves * (tile.output_columns // width)
+    free = SHARED_LIMIT - RESERVED - ring_bytes(tile, is_b_scaled_by_row=is_b_scaled_by_row)
+    fitting = free // ALIGNMENT * ALIGNMENT // (CONSUMERS * 64 * width * jnp.dtype(dtype).itemsize)
     return max((slots for slots in range(1, chunks + 1) if chunks % slots == 0 and slots <= fitting), default=0)
 
 
-def stage_bytes(tile: Tile, *, is_b_scaled_by_row: bool) -> int:
-    """Shared memory of one stage: both operands and their scales."""
-    scales = tile.block_m + (tile.block_n if is_b_scaled_by_row else SCALES_PER_STAGE)
-    return (tile.block_m + tile.block_n) * BLOCK_K + 4 * scales
+def ring_bytes(tile: Tile, *, is_b_scaled_by_row: bool) -> int:
+    """Shared memory of the stages, the panels of scales and the scales of columns."""
+    a_scales, b_scales = tile.block_m, b_scale_rows(tile, is_b_scaled_by_row=is_b_scaled_by_row)
+    buffers = [
+        tile.stages * tile.block_m * BLOCK_K,
+        tile.stages * tile.block_n * BLOCK_K,
+        *(tile.panels * rows * PANEL * 4 for rows in (a_scales, b_scales)),
+        CONSUMERS * 2 * PANEL * tile.column_scales * 4 if is_b_scaled_by_row else 0,
+    ]
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers)
+
+
+def b_scale_rows(tile: Tile, *, is_b_scaled_by_row: bool) -> int:
+    """Rows of a panel of scales of b: with one a row, those of the last consumer in full runs."""
+    return tile.block_n - tile.columns + tile.column_scales if is_b_scaled_by_row else BLOCK_SCALE_ROWS
+
+
+def clusters_at_once(num_sms: int, size: int) -> int:
+    """Clusters of `size` blocks that surely run at once; at least one.
+
+    A cluster lies within one group of SMs (GPC). On Hopper those have 16 or 18, so that pairs fill all of them, and
+    larger clusters 16 of each.
+    """
+    groups = num_sms // 16
+    return max(1, groups * (16 // size) if size > 2 and groups else num_sms // size)
 
 
 def scale_runs(tile: Tile) -> int:

@@ -87,8 +87,7 @@ def tuned_tiles(kind: str) -> list[tuple[Problem, Tile]]:
 
 def _fits(problem: Problem, tile: Tile) -> bool:
     """Whether the tile has room for a chunk of this output, which may be wider than the one it was tuned for."""
-    dtype = jnp.float32 if tile.split_k > 1 else problem.out_dtype
-    return output_slots(tile, dtype, is_b_scaled_by_row=problem.is_b_scaled_by_row) > 0
+    return output_slots(tile, problem.out_dtype, is_b_scaled_by_row=problem.is_b_scaled_by_row) > 0
 
 
 def rounded(problem: Problem) -> Problem:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_kernels.sm90.tile import BLOCK_K, CONSUMERS, Tile, output_chunk, output_slots
+from dsv3_kernels.sm90.tile import BLOCK_K, CONSUMERS, Tile, clusters_at_once, output_chunk, output_slots
 
 SMS = 132
 CLOCK = 1.755e9
@@ -40,8 +40,9 @@ STORE_LATENCY = 300
 """Cycles from a tile's last product to the next tile's first, besides writing it out."""
 STORE_BYTES_PER_CYCLE = 64
 """Of the copies from shared memory to the output, which a consumer waits for when all its slots are full."""
-REDUCTION_SECONDS = 2.5e-6
-"""A kernel that adds up the parts of a split contraction."""
+EXCHANGE_LATENCY = 2500
+"""Cycles in which the blocks of a cluster tell each other that their parts of a split contraction are in L2, and read
+those of the others."""
 FEWEST_STAGES, MOST_STAGES = 3, 10
 
 
@@ -86,7 +87,7 @@ def shortlist(problem: Problem, count: int) -> list[Tile]:
 
 def slots(problem: Problem, tile: Tile) -> int:
     """Chunks of this output that a consumer has on their way at once; 0 for a tile without room for any."""
-    return output_slots(tile, _staged_dtype(problem, tile), is_b_scaled_by_row=problem.is_b_scaled_by_row)
+    return output_slots(tile, problem.out_dtype, is_b_scaled_by_row=problem.is_b_scaled_by_row)
 
 
 def _order(problem: Problem, tile: Tile, l2: float) -> tuple[float, float, int, int, str]:
@@ -103,19 +104,17 @@ def _cost(problem: Problem, tile: Tile, l2: float) -> tuple[float, float]:
     m, n, k, groups = problem.m, problem.n, problem.k, problem.groups
     per_row = tile.block_m * (2 if tile.cluster == "m" else 1)
     per_column = tile.block_n * (2 if tile.cluster == "n" else 1)
-    tiles = groups * -(-m // per_row) * -(-n // per_column) * tile.split_k
-    waves = -(-tiles // (SMS // tile.cluster_size))
+    clusters = groups * -(-m // per_row) * -(-n // per_column)
+    waves = -(-clusters // clusters_at_once(SMS, tile.cluster_size))
     steps = -(-k // BLOCK_K // tile.split_k)
     fetched = tile.block_m / (2 if tile.cluster == "n" else 1) + tile.block_n / (2 if tile.cluster == "m" else 1)
     fetch = fetched * BLOCK_K / l2
-    epilogue = _epilogue_cycles(problem, tile)
+    epilogue = _epilogue_cycles(problem, tile, l2)
     computed = steps * _step_cycles(problem, tile) + epilogue
     loaded = steps * fetch + max(0.0, epilogue - tile.stages * fetch)
     cycles = FIRST_LATENCY + waves * max(computed, loaded)
-    item = jnp.dtype(_staged_dtype(problem, tile)).itemsize
-    moved = groups * (m * k + n * k + m * n * item * tile.split_k)
-    total = max(cycles / CLOCK, moved / MEMORY_BYTES_PER_SECOND)
-    return total + REDUCTION_SECONDS if tile.split_k > 1 else total, cycles
+    moved = groups * (m * k + n * k + m * n * jnp.dtype(problem.out_dtype).itemsize)
+    return max(cycles / CLOCK, moved / MEMORY_BYTES_PER_SECOND), cycles
 
 
 def _step_cycles(problem: Problem, tile: Tile) -> float:
@@ -130,18 +129,17 @@ def _step_cycles(problem: Problem, tile: Tile) -> float:
     return max(tensor, adding, shared, alone, (LOAD_LATENCY + alone) / tile.stages)
 
 
-def _epilogue_cycles(problem: Problem, tile: Tile) -> float:
-    """Cycles of writing a tile to shared memory, and of waiting until chunks beyond the slots have left it."""
-    dtype = _staged_dtype(problem, tile)
-    size = tile.block_m * tile.block_n * jnp.dtype(dtype).itemsize
-    chunks = tile.waves * (tile.columns // output_chunk(tile.columns, dtype)[0])
+def _epilogue_cycles(problem: Problem, tile: Tile, l2: float) -> float:
+    """Cycles of writing a tile to shared memory, and of waiting until chunks beyond the slots have left it.
+
+    With a split contraction a block first writes its part of the tile to L2, and reads as much of all parts.
+    """
+    dtype, columns, area = problem.out_dtype, tile.output_columns, tile.block_m * tile.block_n
+    size = area // tile.split_k * jnp.dtype(dtype).itemsize
+    chunks = tile.waves * (columns // output_chunk(columns, dtype)[0])
     waiting = size * (1 - slots(problem, tile) / chunks) / STORE_BYTES_PER_CYCLE
-    return STORE_LATENCY + size / SHARED_BYTES_PER_CYCLE + waiting
-
-
-def _staged_dtype(problem: Problem, tile: Tile) -> jax.typing.DTypeLike:
-    """Parts of a split contraction are float32, whatever the output is."""
-    return jnp.float32 if tile.split_k > 1 else problem.out_dtype
+    exchange = EXCHANGE_LATENCY + 2 * area * 4 / l2 if tile.split_k > 1 else 0
+    return STORE_LATENCY + exchange + size / SHARED_BYTES_PER_CYCLE + waiting
 
 
 def _first_of_each_kind(problem: Problem, tiles: list[Tile]) -> list[Tile]:
@@ -159,7 +157,8 @@ def _tiles(problem: Problem) -> Iterator[Tile]:
         for block_n in filter(lambda width: width <= problem.max_block_n, widths):
             for cluster in ("", "n", "m") if problem.max_block_m > 128 else ("", "n"):
                 for split_k in (1, 2, 4, 8) if _may_split(problem) and not cluster else (1,):
-                    if split_k * 4 > max(4, problem.k // BLOCK_K):
+                    columns = Tile(block_m, block_n, FEWEST_STAGES).columns
+                    if split_k * 4 > max(4, problem.k // BLOCK_K) or columns % (8 * split_k):
                         continue
                     for stages in range(FEWEST_STAGES, MOST_STAGES + 1):
                         tile = Tile(block_m, block_n, stages, cluster, split_k=split_k)
@@ -184,7 +183,7 @@ def _widths(is_b_scaled_by_row: bool) -> dict[int, tuple[int, ...]]:
 
 
 def _may_split(problem: Problem) -> bool:
-    """Few rows of one product: too few tiles, and partial sums that are small beside the weights."""
+    """Few rows of one product: too few tiles, and sums that are small beside the weights."""
     return problem.groups == 1 and problem.max_block_m > 128 and problem.m <= 256
 
 

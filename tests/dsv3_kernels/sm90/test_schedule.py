@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_kernels.sm90.schedule import Position, for_each, make_grid
-from dsv3_kernels.sm90.tile import Tile
+from dsv3_kernels.sm90.tile import Tile, clusters_at_once
 
 
 def _visits(tile, rows, columns, num_sms):
@@ -65,6 +65,15 @@ def test_tile_that_cannot_be_is_refused():
         {"cluster": "x"},
         {"stages": 0},
         {"cluster": "n", "split_k": 2},
+        {"split_k": 16},
+        {"block_n": 96, "split_k": 8},
     ):
         with pytest.raises(ValueError):
             Tile(**{"block_m": 128, "block_n": 128, "stages": 4, **wrong})
+
+
+def test_clusters_fit_the_multiprocessors_that_may_be_used():
+    assert [clusters_at_once(132, size) for size in (1, 2, 4, 8)] == [132, 66, 32, 16]
+    assert [clusters_at_once(sms, 4) for sms in (4, 15, 100)] == [1, 3, 24]
+    assert Tile(64, 64, 4, split_k=4).within(3) == Tile(64, 64, 4)
+    assert Tile(128, 64, 4, "n").within(2).cluster == "n"

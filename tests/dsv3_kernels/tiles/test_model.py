@@ -69,7 +69,8 @@ def test_candidates_vary_stages_slots_and_clusters_and_fit(problem, clusters):
     stages = {tile.stages for tile in found}
     assert stages == set(range(3, max(stages) + 1))
     assert max(stages) >= 6
-    assert len({model.slots(problem, tile) for tile in found}) >= 2
+    # The narrow tiles of few rows are written in one piece.
+    assert len({model.slots(problem, tile) for tile in found}) >= (1 if problem is FEW_ROWS else 2)
     assert {tile.cluster for tile in found} == clusters
     for tile in found:
         assert model.slots(problem, tile) >= 1
@@ -87,7 +88,7 @@ def test_fewer_stages_cost_time_only_where_operands_come_too_late():
 
 
 def test_model_fills_the_gpu_and_keeps_groups_apart():
-    assert model.seconds(FEW_ROWS, Tile(64, 64, 10, split_k=4)) < model.seconds(FEW_ROWS, Tile(64, 64, 10))
+    assert model.seconds(FEW_ROWS, Tile(64, 32, 10, split_k=2)) < model.seconds(FEW_ROWS, Tile(64, 64, 10))
     for tile in model.candidates(GROUPS_OF_ROWS):
         assert tile.block_m <= 128
         assert tile.cluster != "m"
