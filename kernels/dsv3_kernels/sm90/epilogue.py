@@ -86,9 +86,12 @@ def staging_type(tile: Tile, dtype: jax.typing.DTypeLike, *, is_b_scaled_by_row:
 
 
 def store_tile(
-    tile: Tile, sums: list[list[Any]], out: Any, staging: Any, work: Work, consumer: Any, part: Any, *, adds: bool
+    tile: Tile, sums: list[list[Any]], out: Any, staging: Any, work: Work, consumer: Any, *, part: Any = 0, adds: bool
 ) -> None:
-    """Starts copying this consumer's share of a tile to `out`, or adding it there; what lies outside is dropped."""
+    """Starts copying this consumer's columns of a tile to `out`, or adding them there; what lies outside is dropped.
+
+    With `split_k` they are the share that block `part` of the cluster has added up.
+    """
     chunk, swizzle = output_chunk(tile.output_columns, out.dtype)
     slots = staging.shape[1]
     index = 0

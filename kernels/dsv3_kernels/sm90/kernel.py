@@ -114,7 +114,7 @@ def gemm(
                 )
                 if exchange is not None:
                     sums = epilogue.add_parts(tile, sums, exchange, work, warpgroup, rank)
-                epilogue.store_tile(tile, sums, outs[0], staging, work, warpgroup, rank, adds=adds)
+                epilogue.store_tile(tile, sums, outs[0], staging, work, warpgroup, part=rank, adds=adds)
                 return place
 
             walk(known(), position, visit, mainloop.first_place())
