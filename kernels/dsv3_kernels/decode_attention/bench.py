@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dsv3_kernels.decode_attention.api import mla_decode
+from dsv3_kernels.decode_attention.api import mla_decode, plan_decode
 from dsv3_kernels.decode_attention.cases import (
     CHECKED_CASES,
     GARBAGE_PAGE,
@@ -20,6 +20,7 @@ from dsv3_kernels.decode_attention.cases import (
     SPEED_CASES,
     DecodeCase,
 )
+from dsv3_kernels.decode_attention.planner import Plan
 from dsv3_kernels.decode_attention.reference import mla_decode_reference, to_floats
 from dsv3_kernels.gpu.case import BenchCase, CheckCase, Comparison, Published, diff
 from dsv3_kernels.gpu.torch_peer.problems import TorchDecode
@@ -27,6 +28,11 @@ from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows
 
 Inputs = tuple[Array, Array, Array, Array, Array]
 """The arguments of `mla_decode`, in its order."""
+
+Planned = tuple[Inputs, Plan]
+"""Those of a layer: the plan is made once a step, and outside what is measured, as in FlashMLA's benchmark."""
+
+PLANNED_BATCHES = (1, 128, 300)
 
 COMPUTE_BOUND = Published("FlashMLA, H800, its best of compute-bound shapes", tflops=660)
 MEMORY_BOUND = Published("FlashMLA, H800, its best of memory-bound shapes", gbps=3000)
@@ -52,7 +58,7 @@ MAX_DRAWN_PAGES = 8192
 
 
 def bench_cases() -> list[BenchCase]:
-    """FlashMLA's benchmark, flops counted without regard to the mask as it does; FP8 beside BF16; without multicast."""
+    """FlashMLA's benchmark, flops counted without regard to the mask; FP8 beside BF16; without multicast; plans."""
     rows = [_bench_fp8(case) if case.is_fp8 else _bench_case(case) for case in (*SPEED_CASES, *FP8_OF_FEW_HEADS)]
     alone = [
         row._replace(
@@ -66,16 +72,28 @@ def bench_cases() -> list[BenchCase]:
         for row, case in zip(rows, SPEED_CASES)
         if case in WITHOUT_MULTICAST
     ]
-    return rows + alone
+    plans = [
+        BenchCase(
+            op="plan_decode",
+            name=f"b{num_seqs}",
+            make_inputs=functools.partial(_drawn_lengths, num_seqs),
+            kernel=functools.partial(_parts, implementation="pallas"),
+            others={"XLA": functools.partial(_parts, implementation="xla")},
+            flops=0.0,
+            num_bytes=4.0 * num_seqs,
+        )
+        for num_seqs in PLANNED_BATCHES
+    ]
+    return rows + alone + plans
 
 
 def _bench_case(case: DecodeCase) -> BenchCase:
     return BenchCase(
         op="mla_decode",
         name=case.name,
-        make_inputs=functools.partial(make_inputs, case),
-        kernel=functools.partial(_run, case, implementation="pallas"),
-        others={"XLA": functools.partial(_run, case, implementation="xla")},
+        make_inputs=lambda key: _planned(make_inputs(case, key)),
+        kernel=functools.partial(_run_planned, case, implementation="pallas"),
+        others={"XLA": functools.partial(_run_planned, case, implementation="xla")},
         flops=float(case.flops(case.lengths())),
         num_bytes=float(case.bytes_moved(case.lengths())),
         published=_published(case),
@@ -90,9 +108,9 @@ def _bench_case(case: DecodeCase) -> BenchCase:
 def _bench_fp8(case: DecodeCase) -> BenchCase:
     """With the same rows in BF16 among the inputs, for the kernel that is to be no faster."""
 
-    def of_bf16(inputs: tuple[Inputs, Array]) -> tuple[Array, Array]:
-        (q_latent, q_rope, _, page_table, seq_lens), kv_pages = inputs
-        return _run(case, (q_latent, q_rope, kv_pages, page_table, seq_lens), implementation="pallas")
+    def of_bf16(inputs: tuple[Planned, Array]) -> tuple[Array, Array]:
+        ((q_latent, q_rope, _, page_table, seq_lens), plan), kv_pages = inputs
+        return _run_planned(case, ((q_latent, q_rope, kv_pages, page_table, seq_lens), plan), implementation="pallas")
 
     row = _bench_case(case)
     return row._replace(
@@ -103,8 +121,21 @@ def _bench_fp8(case: DecodeCase) -> BenchCase:
 
 
 def check_cases() -> list[CheckCase]:
-    """Every case by FlashMLA's rule for outputs and for log-sum-exps."""
-    return [
+    """Plans, which are exact; every case by FlashMLA's rule for outputs and for log-sum-exps."""
+    plans = [
+        CheckCase(
+            op="plan_decode",
+            name=f"b{num_seqs}",
+            make_inputs=functools.partial(_drawn_lengths, num_seqs),
+            run=_parts,
+            comparisons=(
+                Comparison("parts", lambda lens: _parts(lens, "reference"), lambda x, y: (x != y).sum(), 0.0),
+            ),
+            is_small=True,
+        )
+        for num_seqs in PLANNED_BATCHES
+    ]
+    return plans + [
         CheckCase(
             op="mla_decode",
             name=case.name,
@@ -124,10 +155,15 @@ def make_inputs(case: DecodeCase, key: jax.Array) -> Inputs:
     return q_latent, q_rope, pages(case.is_fp8), page_table, seq_lens
 
 
-def _make_both(case: DecodeCase, key: jax.Array) -> tuple[Inputs, Array]:
-    """`make_inputs` with an FP8 cache, and the same cache in BF16."""
+def _planned(inputs: Inputs) -> Planned:
+    _, num_queries, num_heads, _ = inputs[0].shape
+    return inputs, plan_decode(inputs[4], num_queries=num_queries, num_heads=num_heads)
+
+
+def _make_both(case: DecodeCase, key: jax.Array) -> tuple[Planned, Array]:
+    """`make_inputs` with an FP8 cache, planned, and the same cache in BF16."""
     q_latent, q_rope, pages, page_table, seq_lens = _drawn(case, key)
-    return (q_latent, q_rope, pages(True), page_table, seq_lens), pages(False)
+    return _planned((q_latent, q_rope, pages(True), page_table, seq_lens)), pages(False)
 
 
 def _drawn(case: DecodeCase, key: jax.Array) -> tuple[Array, Array, Callable[[bool], Array], Array, Array]:
@@ -203,11 +239,26 @@ def _run(case: DecodeCase, inputs: Inputs, implementation: str) -> tuple[Array, 
     return mla_decode(*inputs, softmax_scale=SOFTMAX_SCALE, causal=case.causal, implementation=implementation)
 
 
-def _run_alone(case: DecodeCase, inputs: Inputs) -> tuple[Array, Array]:
+def _run_planned(case: DecodeCase, planned: Planned, implementation: str) -> tuple[Array, Array]:
+    inputs, plan = planned
+    options = {"softmax_scale": SOFTMAX_SCALE, "causal": case.causal, "implementation": implementation}
+    return mla_decode(*inputs, plan=plan, **options)
+
+
+def _drawn_lengths(num_seqs: int, key: jax.Array) -> Array:
+    """Some below 0, which count as 0."""
+    return jax.random.randint(key, (num_seqs,), -100, 9000, jnp.int32)
+
+
+def _parts(seq_lens: Array, implementation: str) -> Array:
+    return plan_decode(seq_lens, num_queries=1, num_heads=16, implementation=implementation).parts
+
+
+def _run_alone(case: DecodeCase, planned: Planned) -> tuple[Array, Array]:
     """The kernel with no copy shared; imported when first used, as in `api`."""
     from dsv3_kernels.decode_attention.pallas_sm90 import mla_decode_pallas
 
-    return mla_decode_pallas(*inputs, softmax_scale=SOFTMAX_SCALE, causal=case.causal, multicast=False)
+    return mla_decode_pallas(*planned[0], planned[1], softmax_scale=SOFTMAX_SCALE, causal=case.causal, multicast=False)
 
 
 def _in_float32(case: DecodeCase, inputs: Inputs) -> tuple[Array, Array]:
