@@ -247,6 +247,14 @@ def test_rows_on_fewer_multiprocessors_have_smaller_grids():
     assert len(texts) == 2
 
 
+@pytest.mark.slow
+def test_every_way_of_every_row_can_be_traced():
+    for case in bench_cases():
+        shapes = jax.eval_shape(case.make_inputs, jax.random.key(0))
+        for way in (case.kernel, *case.others.values()):
+            jax.eval_shape(way, shapes)
+
+
 def test_tokamax_stands_beside_torch_where_it_is_installed(monkeypatch, tmp_path):
     assert not any("tokamax" in case.others for case in bench_cases(["mla_prefill"]))
     package = tmp_path / "tokamax"

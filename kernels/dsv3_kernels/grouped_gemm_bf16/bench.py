@@ -100,6 +100,7 @@ def _check(direction: str, case: GroupedCase) -> CheckCase:
             Comparison("worst element", expected, worst, 1.0),
         ),
         is_small=case.is_small,
+        is_plain=case.num_rows == 0,
     )
 
 

@@ -106,7 +106,7 @@ def _make_step(case: Case, key: jax.Array) -> dict[str, Array]:
 
 
 def _step(case: Case, inputs: dict[str, Array], form: str) -> Array:
-    def layer(_: int, kv_pages: Array) -> Array:
+    def layer(_: Array, kv_pages: Array) -> Array:
         return _run(inputs | {"kv_pages": kv_pages}, form, fp8_scale=case.fp8_scale)
 
     return jax.lax.fori_loop(0, LAYERS, layer, inputs["kv_pages"])
