@@ -1,13 +1,15 @@
 """Speed of every kernel on this GPU, beside XLA, cuBLASLt, torch and tokamax in the same run.
 
     python -m dsv3_kernels.bench                      all ops, at most seven minutes; writes kernels/results/
+    python -m dsv3_kernels.bench --resume             goes on with what that did not reach, until all rows are there
     python -m dsv3_kernels.bench fp8_gemm --quick     one op, few rows
     python -m dsv3_kernels.bench --json speed.json    the data into one more file
     python -m dsv3_kernels.bench --torch PYTHON       torch of another environment; tokamax: pip install tokamax
 
-Ops take turns, and what others published figures for comes first: a run that is cut short has rows of every op. The
-files are written anew after each row. Rows are measured in a process that is watched: one that gives no times within
---limit seconds, or ends the process, costs that row only.
+There are more rows than minutes: ops take turns, and what others published figures for comes first, so that a run that
+is cut short has rows of every op. The files are written anew after each row; --resume takes from them what the same
+sources measured on this device (the ceilings, and torch's times, are measured again). Rows are measured in a process
+that is watched: one that gives no times within --limit seconds, or ends the process, costs that row only.
 
 A row tells its time, that of its longest kernel alone (what is beside it are casts, scales, plans), the goal and how
 near it is. The goal of what memory binds is its bytes at the measured copy rate and 3 µs; of what products bind a share
@@ -38,6 +40,7 @@ from dsv3_kernels.gpu.torch_ask import run_peer, with_torch
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 SAMPLES, QUICK_SAMPLES = 7, 3
+NOT_REACHED = "not reached"
 TORCH_SECONDS = 120
 """For torch, and what our rows left of theirs."""
 
@@ -57,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     samples = QUICK_SAMPLES if given.quick else SAMPLES
     worker = [sys.executable, "-m", "dsv3_kernels.gpu.bench_worker", str(samples)]
-    requests = asked_for(cases, lambda: seconds_left() > 0)
+    rows: list[Row] = []  # as of before, and to be filled
+    requests = asked_for(rows, lambda: seconds_left() > 0)
     try:
         with contextlib.closing(answers(worker, requests, limit=given.limit)) as said:
             about = next(said)
@@ -69,7 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
             if isinstance(rates, Lost):
                 raise StartError(f"the rates of this machine were not measured: {rates.reason}\n{rates.stderr}")
             ceilings = Ceilings(**rates)
-            rows = _rows(given, cases, said, about, ceilings)
+            about["source"] = machine.source_digest()
+            before = measured_before(_stem(about), about) if given.resume else {}
+            rows += [
+                from_answer(case, before[case.op, case.name]) if (case.op, case.name) in before else unmeasured(case)
+                for case in cases
+            ]
+            _measure(given, rows, said, about, ceilings)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -81,57 +91,73 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def asked_for(cases: Sequence[BenchCase], has_time: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """The ceilings, then rows until the time is up."""
+def unmeasured(case: BenchCase, why: str = NOT_REACHED) -> Row:
+    """A row without times."""
+    return Row(case, None, {}, (why,))
+
+
+def asked_for(rows: Sequence[Row], has_time: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """The ceilings, then the rows that are not measured, until the time is up; `rows` may grow after the ceilings."""
     yield {"ceilings": True}
-    for case in cases:
+    for case in [row.case for row in rows if row.notes == (NOT_REACHED,)]:
         if not has_time():
             return
         yield {"op": case.op, "name": case.name}
 
 
-def row_of(case: BenchCase, answer: Mapping[str, Any] | Lost) -> Row:
-    """The row of an answer, or of none."""
-    return Row(case, None, {}, (f"lost: {answer.reason}",)) if isinstance(answer, Lost) else from_answer(case, answer)
+def measured_before(stem: Path, about: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Times of the kernels that the same sources measured on the same device, by op and name."""
+    path = stem.with_suffix(".json")
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": {}}
+    if any(data["machine"].get(name) != about[name] for name in ("source", "device", "jax")):
+        return {}
+    return {(row["op"], row["name"]): row["seconds"] for row in data["rows"] if row["seconds"]["kernel"] is not None}
 
 
-def _rows(
+def _measure(
     given: argparse.Namespace,
-    cases: Sequence[BenchCase],
+    rows: list[Row],
     said: Iterator[dict[str, Any] | Lost],
     about: Mapping[str, Any],
     ceilings: Ceilings,
-) -> list[Row]:
-    """Each row as it is measured, told and saved; those that were not reached say so."""
+) -> None:
+    """Fills in each row as it is measured, told and saved."""
     started = time.monotonic()
-    rows = [Row(case, None, {}, ("not reached",)) for case in cases]
+    places = [place for place, row in enumerate(rows) if row.notes == (NOT_REACHED,)]
     try:
-        for index, answer in enumerate(said):
-            rows[index] = row = row_of(cases[index], answer)
-            left = (time.monotonic() - started) / (index + 1) * (len(cases) - index - 1)
+        for index, (place, answer) in enumerate(zip(places, said)):
+            case = rows[place].case
+            lost = isinstance(answer, Lost)
+            rows[place] = row = unmeasured(case, f"lost: {answer.reason}") if lost else from_answer(case, answer)
+            left = (time.monotonic() - started) / (index + 1) * (len(places) - index - 1)
             took = "; ".join(row.notes)
             if row.kernel is not None:
-                took = f"{row.kernel * 1e6:.1f} µs, {goal_seconds(row.case, ceilings) / row.kernel:.0%} of its goal"
-            ahead = f"{index + 1}/{len(cases)}, {left // 60:.0f}:{left % 60:02.0f} left"
-            print(f"{ahead:20}{row.case.op:26}{row.case.name:44}{took}", flush=True)
+                took = f"{row.kernel * 1e6:.1f} µs, {goal_seconds(case, ceilings) / row.kernel:.0%} of its goal"
+            ahead = f"{index + 1}/{len(places)}, {left // 60:.0f}:{left % 60:02.0f} left"
+            print(f"{ahead:20}{case.op:26}{case.name:44}{took}", flush=True)
             _save(given, about, ceilings, rows)
     except StartError as error:  # no process any more: what there is will do
         print(f"error: {error}", file=sys.stderr)
-    return rows
+
+
+def _stem(about: Mapping[str, Any]) -> Path:
+    """Of the files of this device."""
+    return machine.results_folder() / machine.file_stem(about["device"])
 
 
 def _save(given: argparse.Namespace, about: Mapping[str, Any], ceilings: Ceilings, rows: Sequence[Row]) -> list[Path]:
-    """Writes the page and the data, and returns where."""
+    """Writes the page and the data, each whole or not at all, and returns where."""
     data = {"machine": about, "ceilings": ceilings._asdict(), "rows": [as_data(row, ceilings) for row in rows]}
     texts = {Path(given.json): json.dumps(data, indent=1) + "\n"} if given.json else {}
     if not given.quick and not given.ops:
-        folder = machine.results_folder()
-        folder.mkdir(exist_ok=True)
-        stem = folder / machine.file_stem(about["device"])
+        stem = _stem(about)
+        stem.parent.mkdir(exist_ok=True)
         texts[stem.with_suffix(".json")] = json.dumps(data, indent=1) + "\n"
         texts[stem.with_suffix(".md")] = markdown(about, ceilings, rows)
     for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     return list(texts)
 
 
@@ -144,6 +170,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few rows and samples")
     parser.add_argument("--seconds", type=float, default=240, help="start no row after this time (default %(default)s)")
     parser.add_argument("--limit", type=float, default=90, help="seconds of a row (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="measure what the files of this device do not have yet")
     parser.add_argument("--torch", default=sys.executable, metavar="PYTHON", help="an interpreter that has torch")
     return parser.parse_args(arguments)
 

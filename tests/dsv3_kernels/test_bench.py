@@ -83,12 +83,12 @@ def test_ratios_rates_and_shares():
 def test_what_cannot_run_leaves_a_note_and_the_other_times():
     refused = measured(case_of(kernel=refusing), timer)
     failed = measured(case_of(others={"XLA bf16": peer, "other": failing, "odd": puzzled}), timer)
-    late = bench.row_of(case_of(), Lost(True, "no answer in 90 s", ""))
+    late = bench.unmeasured(case_of())
     assert (refused.kernel, refused.others) == (None, {"XLA bf16": 30e-6})
     assert refused.notes == ("kernel: no Hopper",)
     assert failed.others == {"XLA bf16": 30e-6, "other": None, "odd": None}
     assert failed.notes == ("other failed: out of memory", "odd failed: no such layout")
-    assert (late.kernel, late.notes) == (None, ("lost: no answer in 90 s",))
+    assert (late.kernel, late.notes) == (None, ("not reached",))
     page = markdown(MACHINE, CEILINGS, [refused, failed, late])
     assert page.count("not measured") == 2
     assert "(30.0 µs)" in page
@@ -182,22 +182,25 @@ def test_rows_take_turns_those_with_published_figures_first():
     for op in ops:
         is_published = [case.published is not None for case in cases if case.op == op]
         assert is_published == sorted(is_published, reverse=True)
-    asked = list(bench.asked_for(cases, iter([True, True, False]).__next__))
+    asked = list(bench.asked_for([*map(bench.unmeasured, cases)], iter([True, True, False]).__next__))
     assert asked == [{"ceilings": True}, *({"op": case.op, "name": case.name} for case in cases[:2])]
 
 
 def test_every_row_is_saved_as_it_is_measured(capsys, monkeypatch, tmp_path):
-    """What is cut short leaves a page and data of all rows, and of a process that was lost the reason."""
+    """What is cut short leaves a page and data of all rows, and of a process that was lost the reason; a next run goes
+    on after it.
+    """
     cases = bench_cases()
-    about = {"device": "Some GPU", "clock": WALL_CLOCK, "tokamax": "not installed", "obstacle": ""}
+    about = {"device": "Some GPU", "jax": "1.2.3", "clock": WALL_CLOCK, "tokamax": "not installed", "obstacle": ""}
     first = as_answer(measured(case_of(), timer))
+    asked = []
 
     def said(command, requests, *, limit):
-        yield about
+        yield dict(about)
         assert next(requests) == {"ceilings": True}
         yield CEILINGS._asdict()
         for answer, request in zip((first, Lost(True, "no answer in 90 s", "")), requests):
-            assert request in [{"op": case.op, "name": case.name} for case in cases[:2]]
+            asked.append((request["op"], request["name"]))
             yield answer
         raise KeyboardInterrupt
 
@@ -216,6 +219,16 @@ def test_every_row_is_saved_as_it_is_measured(capsys, monkeypatch, tmp_path):
     assert told[0].startswith(f"1/{len(cases)}, ")
     assert "20.0 µs" in told[0]
     assert "lost: no answer" in told[1]
+    names = [(case.op, case.name) for case in cases]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--resume"])
+    assert asked == [*names[:2], *names[1:3]]
+    data = json.loads((tmp_path / "results" / "some_gpu.json").read_text())
+    assert [row["kernel_us"] for row in data["rows"][:3]] == [20.0, 20.0, None]
+    about["jax"] = "another"
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--resume"])
+    assert asked[4:] == names[:2]
 
 
 def test_rows_of_what_a_first_run_wants_to_know():

@@ -70,6 +70,7 @@ def as_data(row: Row, ceilings: Ceilings) -> dict[str, Any]:
         "way_us": {name: {way: _microseconds(ways[way]) for way in ways} for name, ways in row.ways.items()},
         "published": case.published._asdict() if case.published else None,
         "goal_us": _microseconds(goal_seconds(case, ceilings)),
+        "seconds": {name: getattr(row, name) for name in ("kernel", "others", "notes", "spread", "kernels")},
         "kernels_us": [_microseconds(seconds) for seconds in row.kernels],
         "notes": list(row.notes),
     }
