@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from dsv3_kernels.casts.pallas_rounding import store
 from dsv3_kernels.sm90.mainloop import CLUSTER_AXIS, consumer_offsets, swizzled
 from dsv3_kernels.sm90.schedule import Work
 from dsv3_kernels.sm90.tile import CONSUMERS, Tile, output_chunk, output_slots
@@ -60,7 +61,7 @@ def add_parts(
         return exchange.partial.at[part, pl.ds(work.row + row, 64), pl.ds(work.column + column + first, columns)]
 
     for wave in range(tile.waves):
-        plgpu.store(at(part, wave, 0, tile.columns), _joined(sums[wave]), optimized=False)
+        store(at(part, wave, 0, tile.columns), _joined(sums[wave]))
     plgpu.commit_smem()  # a barrier of the warpgroup: one thread of it tells each block
     _fence(exchange)
     plgpu.barrier_arrive(exchange.written.at[consumer])
@@ -108,7 +109,10 @@ def store_tile(
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             piece = lax.slice(whole, (0, start), (64, start + chunk)) if chunk < tile.output_columns else whole
             slot = staging.at[consumer, index % slots]
-            plgpu.store(slot, piece.astype(out.dtype), optimized=swizzle > 16)
+            if swizzle > 16:
+                slot[...] = piece.astype(out.dtype)
+            else:
+                store(slot, piece.astype(out.dtype))
             plgpu.commit_smem()
             there = (pl.ds(first_row, 64), pl.ds(first_column + start, chunk))
             target = out.at[there] if work.out_lead is None else out.at[(work.out_lead, *there)]

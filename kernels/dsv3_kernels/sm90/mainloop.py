@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3_kernels.casts.pallas_rounding import store
 from dsv3_kernels.sm90.schedule import Work
 from dsv3_kernels.sm90.tile import BLOCK_K, CONSUMERS, PANEL, Tile, b_scale_rows, scale_runs
 
@@ -194,7 +195,7 @@ def multiply_tile(
                     scales = plgpu.load(
                         ring.b_scales.at[panel, pl.ds(column + first, 64), block], layout=_ROWS, optimized=False
                     )
-                    plgpu.store(mine.at[block, pl.ds(first, 64)], scales, optimized=False)
+                    store(mine.at[block, pl.ds(first, 64)], scales)
             plgpu.commit_smem()
 
     def end(panel: Any) -> None:

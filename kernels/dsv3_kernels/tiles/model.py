@@ -173,10 +173,7 @@ def _is_useful_height(problem: Problem, block_m: int) -> bool:
 
 
 def _widths(is_b_scaled_by_row: bool) -> dict[int, tuple[int, ...]]:
-    """Few widths, each for a reason: powers of two, widths that divide the model's shapes, the widest without a spill.
-
-    Scales of rows are copied by 32.
-    """
+    """Few widths, each for a reason: powers of two, divisors of the model's shapes, the widest without a spill."""
     if is_b_scaled_by_row:
         return {64: (64, 128), 128: (64, 96, 128, 160)}
     return {64: (32, 64, 96, 128, 192), 128: (64, 96, 112, 128, 160, 176, 192), 256: (96, 112, 128)}
