@@ -27,7 +27,7 @@ that its race detector can judge all the rest. Writes of threads that a copy rea
 
 Where each row of b has a scale, a thread wants those of two neighbouring columns at once, which a panel has 16 bytes
 apart. Each consumer transposes them first, in memory of its own, of which there is as much again: a thread that is
-ahead writes one half while others read the other.
+ahead writes one half while others read the other. From one tile to the next the epilogue's barrier keeps them together.
 """
 
 from collections.abc import Callable
