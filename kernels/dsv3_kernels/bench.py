@@ -7,7 +7,7 @@
     python -m dsv3_kernels.bench --torch PYTHON       torch of another environment; tokamax: pip install tokamax
 
 There are more rows than minutes: ops take turns, and what others published figures for comes first, so that a run that
-is cut short has rows of every op. The files are written anew after each row; --resume takes from them what the same
+is cut short has rows of every op. The files are rewritten after each row; --resume takes from them what the same
 sources measured on this device (the ceilings, and torch's times, are measured again). Rows are measured in a process
 that is watched: one that gives no times within --limit seconds, or ends the process, costs that row only.
 
