@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_kernels.decode_attention.planner import ROWS, num_blocks
+from dsv3_kernels.decode_attention.planner import BLOCK_SIZE, ROWS, num_blocks
 
 PAGE = 64
 LATENT, ROPE = 512, 64
@@ -83,20 +83,24 @@ def scratch_types(*, multicast: bool) -> list[Any]:
 
 
 class Segment(NamedTuple):
-    """The blocks `begin .. end - 1` (pairs of pages) of one sequence, as scalars."""
+    """The blocks `begin .. end - 1` (pairs of pages) of one sequence, as scalars; cut to what the page table holds."""
 
     seq: Any
     length: Any
-    """At most what the page table holds."""
     begin: Any
     end: Any
     is_whole: Any
 
 
 def segment_of(seq, lengths, first_seq, first_block, last_seq, end_block, *, max_length: int) -> Segment:
-    """What a part does of sequence `seq`; `first_seq` to `end_block` are its row of `planner.Plan.parts`."""
+    """What a part does of sequence `seq`; `first_seq` to `end_block` are its row of `planner.Plan.parts`.
+
+    Blocks of a length beyond the page table are planned and passed over: a part of them sees no key.
+    """
     length = lengths[seq]
     begin = jnp.where(seq == first_seq, first_block, 0)
     blocks = num_blocks(length)
     end = jnp.where(seq == last_seq, end_block, blocks)
-    return Segment(seq, jnp.clip(length, 0, max_length), begin, end, (begin == 0) & (end == blocks))
+    is_whole = (begin == 0) & (end == blocks)
+    begin, end = (jnp.minimum(block, -(-max_length // BLOCK_SIZE)) for block in (begin, end))
+    return Segment(seq, jnp.clip(length, 0, max_length), begin, end, is_whole)

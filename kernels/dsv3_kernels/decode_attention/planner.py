@@ -18,6 +18,9 @@ BLOCK_SIZE = 128
 OVERHEAD_BLOCKS = 2
 """What a sequence costs besides its keys, in blocks; FlashMLA counts five of its blocks of 64."""
 
+MAX_LENGTH = 2**24
+"""Tokens of a sequence that a plan counts: were a length anything, sums of thousands of them would still be right."""
+
 ROWS = 64
 """Query rows of a thread block: the M of one tensor core instruction."""
 
@@ -47,8 +50,8 @@ def num_parts(num_sms: int, *, num_queries: int, num_heads: int) -> int:
 
 
 def num_blocks(length: Any) -> Any:
-    """Blocks of keys of sequences; a length below 0 counts as 0."""
-    return lax.div(jnp.maximum(length, 0) + (BLOCK_SIZE - 1), jnp.int32(BLOCK_SIZE))
+    """Blocks of keys of sequences, whose lengths are cut to 0 .. MAX_LENGTH."""
+    return lax.div(jnp.clip(length, 0, MAX_LENGTH) + (BLOCK_SIZE - 1), jnp.int32(BLOCK_SIZE))
 
 
 def cut_at(index: Any, total: Any, count: int) -> Any:

@@ -106,12 +106,14 @@ def test_all_kernels_lower_under_mappings(mapping):
     assert text.count("custom_call @mosaic_gpu") == 3
 
 
-@pytest.mark.parametrize("what", ["widths", "float32", "scale"])
+@pytest.mark.parametrize("what", ["widths", "float32", "scale", "pages"])
 def test_what_the_kernel_refuses_is_left_to_xla(what):
     arguments = [jnp.asarray(x) for x in make_inputs(DecodeCase(1, 1, 1, 3))]
     if what == "widths":
         arguments[0], arguments[2] = arguments[0][..., :256], arguments[2][..., 256:]
     if what == "float32":
         arguments[:3] = [x.astype(jnp.float32) for x in arguments[:3]]
-    with pytest.raises(NotImplementedError, match="takes bfloat16 heads of 512|is not positive"):
+    if what == "pages":
+        arguments[3] = jnp.zeros((1, 2**18 + 1), jnp.int32)
+    with pytest.raises(NotImplementedError, match="takes bfloat16 heads of 512|is not positive|takes 262144 pages"):
         mla_decode(*arguments, softmax_scale=-1.0 if what == "scale" else 1.0, implementation="pallas")

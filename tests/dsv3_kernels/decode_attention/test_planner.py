@@ -103,7 +103,7 @@ def test_kernel_s_arithmetic_is_the_plain_plan(num_seqs, num_parts):
     seed = time.time_ns() % 2**32
     rng = np.random.default_rng(seed)
     of_kernel = jax.jit(by_part)
-    for longest in (0, 1, 300, 5000, 200_000):
+    for longest in (0, 1, 300, 200_000, 2**31 - 1):
         for share_empty in (0, 0.3, 0.9):
             lengths = rng.integers(0, longest, num_seqs, endpoint=True) * (rng.random(num_seqs) >= share_empty)
             ours = of_kernel(jnp.asarray(lengths, jnp.int32))
