@@ -60,20 +60,30 @@ def main(arguments: list[str] | None = None) -> int:
         if about["obstacle"]:
             print(about["obstacle"])
             return EXIT_NOTHING_RUN
-        return _run(given, cases, about, judge)
+        return _run(given, cases, about, judge, stack)
 
 
-def _run(given: argparse.Namespace, cases: Sequence[CheckCase], about: Mapping[str, Any], judge: Judge) -> int:
+def _run(
+    given: argparse.Namespace,
+    cases: Sequence[CheckCase],
+    about: Mapping[str, Any],
+    judge: Judge,
+    stack: contextlib.ExitStack,
+) -> int:
     run = {name: about[name] for name in ("device", "jax", "commit")} | {
         "form": given.form,
         "source": machine.source_digest([given.cases] if given.cases else []),
     }
-    before = passed_before(given.out, run) if given.resume else set()
+    try:
+        before = passed_before(given.out, run) if given.resume else set()
+        record = stack.enter_context(recorder(given.out, run | {"seed": given.seed}))
+    except OSError as error:
+        print(f"error: --out {given.out} cannot be written ({error.strerror}); name another file.", file=sys.stderr)
+        return EXIT_USER_ERROR
     left = [case for case in cases if (case.op, case.name) not in before]
     print(f"{about['device']}, jax {about['jax']}, form {given.form}, seed {given.seed}, {len(left)} cases", flush=True)
     started = time.monotonic()
-    with recorder(given.out, run | {"seed": given.seed}) as record:
-        verdicts = _verdicts(left, judge, record, given.seconds)
+    verdicts = _verdicts(left, judge, record, given.seconds)
     not_reached = len(left) - len(verdicts)
     bad = [verdict for verdict in verdicts if verdict.verdict != PASSED]
     for verdict in bad:

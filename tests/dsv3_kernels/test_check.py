@@ -1,5 +1,6 @@
 """The check program: it passes what is right, fails what is wrong, and says where it cannot run."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_what_a_kernel_does_not_write_shows_as_nan():
     [
         (NotImplementedError("K=200 is beyond this kernel"), "refused", "K=200 is beyond this kernel"),
         (TypeError("no such layout\nat length"), "failed", "TypeError: no such layout"),
+        (SystemExit(0), "failed", "SystemExit: 0"),
         (jax.errors.JaxRuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS\nat length"), "crashed", "CUDA_ERROR_ILLEGAL_ADDRESS"),
     ],
 )
@@ -175,9 +177,18 @@ def test_only_a_run_that_reached_and_passed_all_exits_0(capsys, flags):
         (["--resume"], "add --out"),
         (["--cases", "no_such_module"], "no_such_module"),
         (["--cases", "json"], "offers no cases"),
+        (["--cases", CASES, "right", "--out", "/dev/null/out"], "name another file"),
     ):
         assert check.main(["--form", "xla", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_cases_of_one_name_are_refused(monkeypatch):
+    """A process is asked for a case by its name."""
+    samples = importlib.import_module(CASES)
+    monkeypatch.setattr(samples, "check_cases", lambda: [case_named("right", "x"), case_named("right", "x")])
+    with pytest.raises(ValueError, match="several cases are called right rightx"):
+        check_cases(module=CASES)
 
 
 def test_verdicts_are_in_the_file_and_what_passed_is_left_out(capsys, flags, tmp_path):
@@ -186,11 +197,11 @@ def test_verdicts_are_in_the_file_and_what_passed_is_left_out(capsys, flags, tmp
     given = ["--form", "xla", "--cases", CASES, "right", "wrong", "refusing", "--out", str(path)]
     assert check.main(given) == 1
     assert "1 passed, 1 failed, 1 refused, 0 hung, 0 crashed, 0 not reached" in capsys.readouterr().out
-    path.write_text(path.read_text() + '{"op": "wrong", "na')
+    path.write_text(path.read_text() + '[]\n{"op": "wrong", "na')
     assert check.main([*given, "--resume"]) == 1
     assert "0 passed, 1 failed, 1 refused, 0 hung, 0 crashed, 0 not reached, 1 passed before" in capsys.readouterr().out
     lines = path.read_text().splitlines()
-    assert [each["verdict"] for each in map(json.loads, lines[:3] + lines[4:])] == [
+    assert [each["verdict"] for each in map(json.loads, lines[:3] + lines[5:])] == [
         *("passed", "failed", "refused", "failed", "refused")
     ]
     entry = json.loads(lines[0])

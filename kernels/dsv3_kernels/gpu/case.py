@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import itertools
 import pkgutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -97,7 +98,7 @@ class CheckCase(NamedTuple):
     is_plain: bool = False
     """Whether it is one for the plain forms alone: the kernel is not made for it. Any other that it refuses fails."""
     path: str = ""
-    """One of PATHS, if this is the smallest case that takes it."""
+    """One of PATHS (or another that you would see tried first), if this is the smallest case that takes it."""
 
 
 Case = TypeVar("Case", BenchCase, CheckCase)
@@ -117,13 +118,16 @@ def check_cases(ops: Sequence[str] = (), module: str = "") -> list[CheckCase]:
 
     Args:
         module: the name of a module whose `check_cases` gives them, in place of all op folders.
-    Raises: ValueError for an op or a module that has none.
+    Raises: ValueError for an op or a module that has none, or several cases of one name.
     """
     modules = [module] if module else _modules()
     cases = _selected([case for each in modules for case in _offered(each, "check_cases")], ops)
     if module and not cases:
         raise ValueError(f"module {module} offers no cases; define check_cases() -> list[CheckCase] in it.")
-    first = sorted((case for case in cases if case.path), key=lambda case: PATHS.index(case.path))
+    if same := [f"{op} {name}" for (op, name), count in Counter((c.op, c.name) for c in cases).items() if count > 1]:
+        raise ValueError(f"several cases are called {', '.join(same)}; give each its own name.")
+    places = {path: place for place, path in enumerate(PATHS)}
+    first = sorted((case for case in cases if case.path), key=lambda case: places.get(case.path, len(places)))
     rest = [case for case in cases if not case.path]
     small, large = ([case for case in rest if case.is_small == is_small] for is_small in (True, False))
     return [*first, *in_turns(small), *in_turns(large)]

@@ -96,7 +96,7 @@ def check(case: CheckCase, form: str, seed: int) -> Verdict:
         return verdict(REFUSED, str(error))
     except jax.errors.JaxRuntimeError as error:  # after an error of CUDA nothing runs in this process any more
         return verdict(CRASHED, *failures, str(error).splitlines()[0])
-    except Exception as error:  # noqa: BLE001  whatever a case raises, say a compiler's complaint, must not cost the others
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a case raises must cost no other, nor exit with 0
         return verdict(FAILED, *failures, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     return verdict(FAILED if failures else PASSED, *dict.fromkeys(failures))
 

@@ -43,6 +43,6 @@ def passed_before(path: Path, run: Mapping[str, Any]) -> set[tuple[str, str]]:
             entry = json.loads(line)
         except ValueError:
             continue  # cut short
-        if all(entry.get(name) == run[name] for name in SAME):
+        if isinstance(entry, dict) and all(entry.get(name) == run[name] for name in SAME):
             last[entry["op"], entry["name"]] = entry["verdict"]
     return {case for case, verdict in last.items() if verdict == PASSED}
