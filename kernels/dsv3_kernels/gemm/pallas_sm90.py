@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsv3_kernels import tiles
+from dsv3_kernels import launch, tiles
 from dsv3_kernels.aot.case import FP8_MMA, AotCase
 from dsv3_kernels.operands import row_tile
 from dsv3_kernels.quantize import QTensor
@@ -40,7 +40,7 @@ def fp8_gemm(
     if tile is None:
         problem = tiles.dense(M, N, K, out_dtype=out_dtype, is_b_scaled_by_row=is_b_scaled_by_row)
         tile = tiles.choose(tiles.DENSE, problem)
-    num_sms = num_sms or tiles.num_sms()
+    num_sms = launch.num_sms(num_sms)
     tile = tile.within(num_sms)
     out = padding.padded_output(tile, (M, N), out_dtype)
     result = kernel.gemm(

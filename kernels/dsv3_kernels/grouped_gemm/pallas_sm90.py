@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from dsv3_kernels import tiles
+from dsv3_kernels import launch, tiles
 from dsv3_kernels.aot.case import FP8_MMA, AotCase
 from dsv3_kernels.quantize import QTensor
 from dsv3_kernels.sm90 import kernel, padding, shapes
@@ -36,7 +36,7 @@ def grouped_fp8_gemm(
     A tile lies within one block of 128 rows, so it has one group; blocks of a cluster share the rows of a.
     """
     (M, K), N = a.values.shape, b.values.shape[1]
-    num_sms = num_sms or tiles.num_sms()
+    num_sms = launch.num_sms(num_sms)
     tile = (tile or tiles.choose(tiles.CONTIGUOUS, tiles.contiguous(M, N, K, out_dtype=out_dtype))).within(num_sms)
     _check_tile("grouped_fp8_gemm", tile, 128)
     blocks = -(-K // BLOCK_K)
@@ -70,7 +70,7 @@ def grouped_fp8_gemm_masked(
     kinds evenly, whatever the sizes of the groups.
     """
     (G, M, K), N = a.values.shape, b.values.shape[1]
-    num_sms = num_sms or tiles.num_sms()
+    num_sms = launch.num_sms(num_sms)
     tile = (tile or tiles.choose(tiles.MASKED, tiles.masked(G, M, N, K, out_dtype=out_dtype))).within(num_sms)
     _check_tile("grouped_fp8_gemm_masked", tile, 256)
     blocks = -(-K // BLOCK_K)
@@ -127,7 +127,7 @@ def grouped_fp8_gemm_k(
     Where a group's blocks begin and how many there are the producer finds out, from `block_group`, before it loads.
     """
     (M, K), N = a.values.shape, b.values.shape[0]
-    num_sms = num_sms or tiles.num_sms()
+    num_sms = launch.num_sms(num_sms)
     tile = (tile or tiles.choose(tiles.CONTRACTION, tiles.contraction(num_groups, M, N, K))).within(num_sms)
     grid = make_grid(tile, M, N)
     out = padding.padded_output(tile, (num_groups, M, N), jnp.float32)

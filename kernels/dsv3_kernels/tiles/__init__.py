@@ -1,6 +1,5 @@
 """What chooses the tile of an FP8 product: a table for this GPU, or a model of an H100."""
 
-from dsv3_kernels.target import num_sms
 from dsv3_kernels.tiles.choice import (
     CONTIGUOUS,
     CONTRACTION,
@@ -29,7 +28,6 @@ __all__ = [
     "contraction",
     "dense",
     "masked",
-    "num_sms",
     "table",
     "tuned_tiles",
 ]

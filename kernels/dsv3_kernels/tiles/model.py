@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_kernels.sm90.tile import BLOCK_K, CONSUMERS, Tile, clusters_at_once, output_chunk, output_slots
+from dsv3_kernels.target import H100_SMS
 
-SMS = 132
+SMS = H100_SMS
 CLOCK = 1.755e9
 """Cycles a second under load."""
 FMA_PER_CYCLE = 4096
