@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_kernels import target, tiles
-from dsv3_kernels.sm90.tile import output_slots
 from dsv3_kernels.tiles import choice, model, tuning
 
 
@@ -38,7 +37,7 @@ def test_a_shape_without_a_row_takes_the_tile_of_the_model():
     problem = tiles.dense(1025, 1000, 1280, out_dtype=jnp.float32, is_b_scaled_by_row=False)
     tile = tiles.choose(tiles.DENSE, problem)
     assert tile == model.best_tile(problem)
-    assert output_slots(tile, jnp.float32, is_b_scaled_by_row=False) >= 1
+    assert model.slots(problem, tile) >= 1
 
 
 def test_a_tile_too_wide_for_the_output_is_passed_over(monkeypatch):

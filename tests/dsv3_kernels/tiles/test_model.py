@@ -7,7 +7,7 @@ from dsv3_kernels import tiles
 from dsv3_kernels.gemm.bench import DEEPGEMM
 from dsv3_kernels.grouped_gemm.bench import CONTIGUOUS_DEEPGEMM, MASKED_DEEPGEMM
 from dsv3_kernels.sm90 import model as by_architecture
-from dsv3_kernels.sm90.tile import CONSUMERS, SHARED_LIMIT, Tile, output_chunk, ring_bytes
+from dsv3_kernels.sm90.tile import BLOCK_K, CONSUMERS, SHARED_LIMIT, Tile, output_chunk
 from dsv3_kernels.tiles import model
 
 HEADLINE = tiles.dense(4096, 7168, 16384, out_dtype=jnp.bfloat16, is_b_scaled_by_row=False)
@@ -77,7 +77,7 @@ def test_candidates_vary_stages_slots_and_clusters_and_fit(problem, clusters):
         slots = model.slots(problem, tile)
         staged = CONSUMERS * slots * 64 * chunk * jnp.dtype(problem.out_dtype).itemsize
         assert slots >= 1
-        assert ring_bytes(tile, is_b_scaled_by_row=problem.is_b_scaled_by_row) + staged < SHARED_LIMIT
+        assert tile.stages * (tile.block_m + tile.block_n) * BLOCK_K + staged < SHARED_LIMIT
         assert model.seconds(problem, tile) <= model.seconds(problem, tile, l2=model.L2_NARROW)
 
 
