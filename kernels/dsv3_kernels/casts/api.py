@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dsv3_kernels import dispatch
@@ -20,7 +21,7 @@ FLOATS = (jnp.bfloat16, jnp.float32)
 
 
 def cast_tokens(
-    x: Float[Array, "*batch M K"],
+    x: Float[Array | np.ndarray, "*batch M K"],
     *,
     scale: str = "float32",
     num_sms: int | None = None,
@@ -41,11 +42,11 @@ def cast_tokens(
     """
     _check_floats("cast_tokens", "x", x)
     _check_scale(scale)
-    return dispatch.run(TOKENS, implementation, x, num_sms=num_sms, scale=scale)
+    return dispatch.run(TOKENS, implementation, jnp.asarray(x), num_sms=num_sms, scale=scale)
 
 
 def swiglu_cast(
-    gate_up: Float[Array, "*batch M F2"],
+    gate_up: Float[Array | np.ndarray, "*batch M F2"],
     *,
     scale: str = "float32",
     num_sms: int | None = None,
@@ -65,7 +66,7 @@ def swiglu_cast(
             f"gate_up {gate_up.shape} of swiglu_cast has an odd last axis; it must be gate and up side by side, 2 F."
         )
     _check_scale(scale)
-    return dispatch.run(SWIGLU, implementation, gate_up, num_sms=num_sms, scale=scale)
+    return dispatch.run(SWIGLU, implementation, jnp.asarray(gate_up), num_sms=num_sms, scale=scale)
 
 
 def requantize_transposed(
@@ -95,11 +96,11 @@ def requantize_transposed(
             f"of 1x128 have float32[{M}, {-(-K // 128)}], as cast_tokens makes them."
         )
     _check_scale(scale)
-    return dispatch.run(TRANSPOSED, implementation, q, num_sms=num_sms, scale=scale)
+    return dispatch.run(TRANSPOSED, implementation, jax.tree.map(jnp.asarray, q), num_sms=num_sms, scale=scale)
 
 
 def cast_blocks(
-    w: Float[Array, "*batch N K"],
+    w: Float[Array | np.ndarray, "*batch N K"],
     *,
     scale: str = "float32",
     num_sms: int | None = None,
@@ -115,7 +116,7 @@ def cast_blocks(
     """
     _check_floats("cast_blocks", "w", w)
     _check_scale(scale)
-    return dispatch.run(BLOCKS, implementation, w, num_sms=num_sms, scale=scale)
+    return dispatch.run(BLOCKS, implementation, jnp.asarray(w), num_sms=num_sms, scale=scale)
 
 
 def _op(name: str, refuses: Callable[..., str | None], axes: str) -> dispatch.Op:
@@ -140,7 +141,7 @@ TRANSPOSED = _op("requantize_transposed", limits.of_transposed, "mk mk -> km km"
 BLOCKS = _op("cast_blocks", limits.of_blocks, "...nk -> ...nk ...nk")
 
 
-def _check_floats(op: str, name: str, x: jax.Array) -> None:
+def _check_floats(op: str, name: str, x: Array | np.ndarray) -> None:
     if x.ndim < 2 or x.dtype not in FLOATS:
         raise ValueError(
             f"{name} of {op} is {x.dtype}{list(x.shape)}; it must be bfloat16 or float32 with two axes or more "

@@ -70,11 +70,11 @@ PLAN = dispatch.Op(
 
 
 def mla_decode(
-    q_latent: Float[Array, "B S H C"],
-    q_rope: Float[Array, "_ _ _ R"],
-    kv_pages: Shaped[Array, "N _ W"],
-    page_table: Shaped[Array, "_ P"],
-    seq_lens: Shaped[Array, "_"],
+    q_latent: Float[Array | np.ndarray, "B S H C"],
+    q_rope: Float[Array | np.ndarray, "_ _ _ R"],
+    kv_pages: Shaped[Array | np.ndarray, "N _ W"],
+    page_table: Shaped[Array | np.ndarray, "_ P"],
+    seq_lens: Shaped[Array | np.ndarray, "_"],
     *,
     softmax_scale: float,
     causal: bool = True,
@@ -124,7 +124,7 @@ def mla_decode(
 
 
 def plan_decode(
-    seq_lens: Shaped[Array, "B"],
+    seq_lens: Shaped[Array | np.ndarray, "B"],
     *,
     num_queries: int,
     num_heads: int,
@@ -155,7 +155,13 @@ def plan_decode(
     return dispatch.run(PLAN, implementation, jnp.asarray(seq_lens), num_parts=count)
 
 
-def _check(q_latent: Array, q_rope: Array, kv_pages: Array, page_table: Array, seq_lens: Array) -> None:
+def _check(
+    q_latent: Array | np.ndarray,
+    q_rope: Array | np.ndarray,
+    kv_pages: Array | np.ndarray,
+    page_table: Array | np.ndarray,
+    seq_lens: Array | np.ndarray,
+) -> None:
     B, S, H, C = q_latent.shape
     R = q_rope.shape[3]
     if q_rope.shape[:3] != (B, S, H):
@@ -198,7 +204,7 @@ def _check(q_latent: Array, q_rope: Array, kv_pages: Array, page_table: Array, s
             )
 
 
-def _check_plan(plan: Plan, q_latent: Array, seq_lens: Array, num_sms: int | None) -> None:
+def _check_plan(plan: Plan, q_latent: Array | np.ndarray, seq_lens: Array | np.ndarray, num_sms: int | None) -> None:
     B, S, H, _ = q_latent.shape
     make = f"make it with plan_decode(seq_lens, num_queries={S}, num_heads={H})"
     if not isinstance(plan, Plan):

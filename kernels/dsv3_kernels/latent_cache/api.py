@@ -40,14 +40,14 @@ READ = dispatch.Op("cache_read", reference=xla.read, xla=xla.read, axes=".z. b. 
 
 
 def cache_write(
-    kv_pages: Shaped[Array, "N _ W"],
-    kv_down: Float[Array, "B T X"],
-    norm_scale: Float[Array, "C"],
-    cos: Float[Array, "_ _ _"],
-    sin: Float[Array, "_ _ _"],
-    page_table: Int[Array, "_ P"],
-    starts: Int[Array, "_"],
-    counts: Int[Array, "_"],
+    kv_pages: Shaped[Array | np.ndarray, "N _ W"],
+    kv_down: Float[Array | np.ndarray, "B T X"],
+    norm_scale: Float[Array | np.ndarray, "C"],
+    cos: Float[Array | np.ndarray, "_ _ _"],
+    sin: Float[Array | np.ndarray, "_ _ _"],
+    page_table: Int[Array | np.ndarray, "_ P"],
+    starts: Int[Array | np.ndarray, "_"],
+    counts: Int[Array | np.ndarray, "_"],
     *,
     eps: float,
     fp8_scale: str = "float32",
@@ -103,9 +103,9 @@ def cache_write(
 
 
 def cache_read(
-    kv_pages: Shaped[Array, "N _ W"],
-    page_table: Int[Array, "B P"],
-    seq_lens: Int[Array, "_"],
+    kv_pages: Shaped[Array | np.ndarray, "N _ W"],
+    page_table: Int[Array | np.ndarray, "B P"],
+    seq_lens: Int[Array | np.ndarray, "_"],
     *,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "B S X"]:
@@ -128,7 +128,7 @@ def cache_read(
     return dispatch.run(READ, "xla", *map(jnp.asarray, (kv_pages, page_table, seq_lens)), dtype=dtype)
 
 
-def _check_pages(kv_pages: Array, page_table: Array, *, B: int) -> None:
+def _check_pages(kv_pages: Array | np.ndarray, page_table: Array | np.ndarray, *, B: int) -> None:
     if kv_pages.ndim != 3 or kv_pages.shape[1] != PAGE_SIZE:
         raise ValueError(
             f"kv_pages has shape {kv_pages.shape}; a page holds {PAGE_SIZE} tokens, [N, {PAGE_SIZE}, row]."

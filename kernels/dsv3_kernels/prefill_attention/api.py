@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_kernels import dispatch
@@ -13,14 +14,14 @@ from dsv3_kernels.varying import varying_alike
 
 
 def mla_prefill(
-    q: Float[Array, "B T H J"],
-    k: Float[Array, "_B S _H _J"],
-    v: Float[Array, "_B _S _H W"],
-    q_segment_ids: Int[Array, "_B _T"] | None = None,
-    kv_segment_ids: Int[Array, "_B _S"] | None = None,
+    q: Float[Array | np.ndarray, "B T H J"],
+    k: Float[Array | np.ndarray, "_B S _H _J"],
+    v: Float[Array | np.ndarray, "_B _S _H W"],
+    q_segment_ids: Int[Array | np.ndarray, "_B _T"] | None = None,
+    kv_segment_ids: Int[Array | np.ndarray, "_B _S"] | None = None,
     *,
     softmax_scale: float,
-    q_starts: Int[Array, "_B"] | None = None,
+    q_starts: Int[Array | np.ndarray, "_B"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H W"], Float[Array, "B H T"]]:
     """softmax(softmax_scale · q kᵀ) v, where query t sees keys up to its own position within its own segment.
