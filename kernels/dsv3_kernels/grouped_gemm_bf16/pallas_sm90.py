@@ -230,7 +230,7 @@ def _gemm(
 
                 @pl.when(unit < height)
                 def _store() -> None:
-                    epilogue.store_tile(tile, [[sums]], out_ref, staging, work, warpgroup, jnp.int32(0), adds=False)
+                    epilogue.store_tile(tile, [[sums]], out_ref, staging, work, warpgroup, adds=False)
 
                 return slot
 
