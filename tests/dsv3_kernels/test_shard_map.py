@@ -13,8 +13,11 @@ from tests.dsv3_kernels.splits import ALL, OPS, SPLITS, of_one_device
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-REPEATED = ("decode: heads", "decode: pages", "gradient of prefill: heads", "gradient of prefill: queries")
-"""Splits whose kernels are those of a split before them, and take seconds to lower."""
+REPEATED = (
+    "decode: heads", "decode: pages", "prefill: sequences", "prefill: heads", "gradient of prefill: heads",
+    "gradient of prefill: queries", "gradient of linear: tokens", "gradient of attention: columns",
+)  # fmt: skip
+"""Splits whose kernels another split has, too, and that take long to lower."""
 LONG = "gradient of experts: tokens"
 
 

@@ -47,7 +47,7 @@ def kernel_over_tiles(
 
         # Neighbouring tiles go to different multiprocessors, so that all have work where tiles are few.
         @plgpu.nd_loop(tiles, collective_axes=("warpgroup", "sm") if is_shared else "sm")
-        def _(info: plgpu.NDLoopInfo) -> None:
+        def _(info: Any) -> None:
             cast(info.index, *arrays, *own)
 
     if is_shared:
