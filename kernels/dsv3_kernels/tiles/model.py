@@ -28,8 +28,8 @@ L2_WIDE = 8e12 / 1.3e9 / SMS
 """Bytes a cycle of one SM while all read, 46.6: 8 TB/s at 1.3 GHz, by which DeepGEMM chooses its own tiles. It makes
 every rate that DeepGEMM published possible, so the model chooses by it."""
 L2_NARROW = 26.0
-"""The same at 6 TB/s and full clock. Under it a quarter of the published rates are impossible, but it is the one that asks
-for tiles which read less: taller ones, and clusters."""
+"""The same at 6 TB/s and full clock. It makes a quarter of the published rates impossible, but is the one that asks for
+tiles which read less: taller ones, and clusters."""
 MEMORY_BYTES_PER_SECOND = 3.0e12
 LOAD_LATENCY = 1000
 """Cycles from a slot's release to its next operands, which come from memory: with few slots, consumers wait."""
