@@ -59,8 +59,13 @@ def fp8_gemm(
 
 
 def aot_cases() -> list[AotCase]:
-    """Each tile of the table, weight gradients with sums to add to."""
-    return [_aot_case(problem, tile) for problem, tile in tiles.tuned_tiles(tiles.DENSE)]
+    """Each tile of the table, weight gradients with sums to add to; the input gradient of the latents."""
+    latents = tiles.dense(4096, 7168, 2112, out_dtype=jnp.bfloat16, is_b_scaled_by_row=False)
+    of_latents = _aot_case(latents, tiles.choose(tiles.DENSE, latents))
+    return [
+        *(_aot_case(problem, tile) for problem, tile in tiles.tuned_tiles(tiles.DENSE)),
+        of_latents._replace(name=f"{of_latents.name} whole rows of scales"),
+    ]
 
 
 def _aot_case(problem: Problem, tile: Tile) -> AotCase:

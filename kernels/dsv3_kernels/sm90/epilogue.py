@@ -77,10 +77,10 @@ def add_parts(
     return added
 
 
-def staging_type(tile: Tile, dtype: jax.typing.DTypeLike, *, is_b_scaled_by_row: bool) -> Any:
+def staging_type(tile: Tile, dtype: jax.typing.DTypeLike, *, contraction: int, is_b_scaled_by_row: bool) -> Any:
     """Shared memory for chunks on their way out: [consumers, slots, 64, columns]."""
     chunk, swizzle = output_chunk(tile.output_columns, dtype)
-    slots = output_slots(tile, dtype, is_b_scaled_by_row=is_b_scaled_by_row)
+    slots = output_slots(tile, dtype, contraction=contraction, is_b_scaled_by_row=is_b_scaled_by_row)
     if not slots:
         raise ValueError(f"tile {tile.name} does not fit in shared memory with {jnp.dtype(dtype).name} outputs.")
     return plgpu.SMEM((CONSUMERS, slots, 64, chunk), dtype, transforms=swizzled(swizzle, jnp.dtype(dtype).itemsize))

@@ -17,7 +17,7 @@ from dsv3_kernels import launch
 from dsv3_kernels.sm90 import epilogue, mainloop
 from dsv3_kernels.sm90.mainloop import CLUSTER_AXIS, Operands
 from dsv3_kernels.sm90.schedule import Carry, Position, Work
-from dsv3_kernels.sm90.tile import CONSUMERS, Tile, clusters_at_once
+from dsv3_kernels.sm90.tile import CONSUMERS, PANEL, Tile, clusters_at_once, panel_columns
 
 PRODUCER = CONSUMERS
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
@@ -67,16 +67,18 @@ def gemm(
     adds = accumulate_into is not None and interpret is None
     num_clusters = clusters_at_once(num_sms, tile.cluster_size)
 
+    contraction = operands.a.shape[-1]
     partial = epilogue.partial_type(tile, out.shape)
     out_types = [*(() if adds else (out,)), *(() if partial is None else (partial,))]
-    ring_types = mainloop.ring_types(
-        tile, contraction=operands.a.shape[-1], is_b_scaled_by_row=is_b_scaled_by_row
-    )._replace(fences_reads=None)
+    settings = {"contraction": contraction, "is_b_scaled_by_row": is_b_scaled_by_row}
+    ring_types = mainloop.ring_types(tile, **settings)._replace(fences_reads=None, copies_by_four=None)
+    if interpret is None and panel_columns(contraction, is_b_scaled_by_row=is_b_scaled_by_row) != PANEL:
+        operands = mainloop.by_fours(operands)
 
     def body(*refs: Any) -> None:
         *gmem, staging, ring, written, plan_refs = refs
         operand_refs, list_refs, outs = Operands(*gmem[:4]), tuple(gmem[4 : 4 + len(lists)]), gmem[4 + len(lists) :]
-        ring = ring._replace(fences_reads=interpret is not None)
+        ring = ring._replace(fences_reads=interpret is not None, copies_by_four=interpret is None)
         exchange = None if partial is None else epilogue.Exchange(outs[1], written, fences=interpret is None)
         rank = lax.axis_index(CLUSTER_AXIS) if tile.cluster_size > 1 else jnp.int32(0)
         position = Position(lax.axis_index(GRID_AXIS), num_clusters, rank)
@@ -98,20 +100,18 @@ def gemm(
                 plgpu.barrier_arrive(plan_refs[1])
 
             def visit(work: Work, place: Any) -> Any:
-                return mainloop.load_tile(tile, operand_refs, ring, work, place, is_b_scaled_by_row=is_b_scaled_by_row)
+                return mainloop.load_tile(tile, operand_refs, ring, work, place, **settings)
 
             walk(known(), position, visit, mainloop.first_place())
-            mainloop.await_all(tile, ring)
+            mainloop.await_all(ring)
 
         @pl.when(warpgroup < PRODUCER)
         def _consume() -> None:
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            mainloop.release_all(tile, ring)
+            mainloop.release_all(ring)
 
             def visit(work: Work, place: Any) -> Any:
-                place, sums = mainloop.multiply_tile(
-                    tile, ring, work, place, warpgroup, is_b_scaled_by_row=is_b_scaled_by_row
-                )
+                place, sums = mainloop.multiply_tile(tile, ring, work, place, warpgroup, **settings)
                 if exchange is not None:
                     sums = epilogue.add_parts(tile, sums, exchange, work, warpgroup, rank)
                 epilogue.store_tile(tile, sums, outs[0], staging, work, warpgroup, part=rank, adds=adds)
@@ -131,7 +131,7 @@ def gemm(
         num_threads=CONSUMERS + 1,
         thread_name=THREAD_AXIS,
         scratch_types=[
-            epilogue.staging_type(tile, out.dtype, is_b_scaled_by_row=is_b_scaled_by_row),
+            epilogue.staging_type(tile, out.dtype, **settings),
             ring_types,
             None if partial is None else epilogue.written_type(),
             None if plan is None else (plan.types, plgpu.Barrier(num_arrivals=1)),

@@ -18,7 +18,8 @@ signal it or write to it, and no phase stays unobserved.
 Scales are read as they are stored, row by row, and a copy moves at least 16 bytes of a row. So they come in panels of 4
 columns, for 4 blocks of the contraction, in a ring of their own with barriers of the same kind: panel_full, which both
 copies of a panel arrive at, and panel_empty. A panel starts at a multiple of 4 blocks, wherever the tile's part of the
-contraction does.
+contraction does. Where a row of scales has no full 16 bytes, and few columns, copies take whole rows, 4 rows as one,
+and a panel has all blocks of the contraction.
 
 The panels are read by threads and overwritten by copies, two proxies of memory. The arrival and the wait order such a
 read before the write without a fence: arriving is a release, before which earlier reads are done; CUTLASS's pipelines
@@ -40,7 +41,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_kernels.casts.pallas_rounding import store
 from dsv3_kernels.sm90.schedule import Work
-from dsv3_kernels.sm90.tile import BLOCK_K, CONSUMERS, PANEL, Tile, b_scale_rows, scale_runs
+from dsv3_kernels.sm90.tile import (
+    BLOCK_K,
+    CONSUMERS,
+    PANEL,
+    SCALE_ROWS,
+    Tile,
+    b_scale_rows,
+    num_panels,
+    panel_columns,
+    scale_runs,
+)
 
 COPIES_PER_STAGE = 2
 CLUSTER_AXIS = "cluster"
@@ -73,6 +84,8 @@ class Ring(NamedTuple):
     more: Any = None
     shared_empty: Any = None
     fences_reads: bool = False
+    copies_by_four: bool = True
+    """Whether whole rows of scales are copied 4 as one; the interpreter has no such views, and copies any row."""
 
 
 class Place(NamedTuple):
@@ -84,16 +97,18 @@ class Place(NamedTuple):
 
 def ring_types(tile: Tile, *, contraction: int, is_b_scaled_by_row: bool) -> Ring:
     """What `plgpu.kernel` has to allocate for a ring of operands with so long a contraction."""
-    stages, panels = tile.stages, tile.panels
-    scale_rows = b_scale_rows(tile, is_b_scaled_by_row=is_b_scaled_by_row)
+    stages = tile.stages
+    width = panel_columns(contraction, is_b_scaled_by_row=is_b_scaled_by_row)
+    panels = num_panels(tile, width)
+    scale_rows = b_scale_rows(tile, width, is_b_scaled_by_row=is_b_scaled_by_row)
     layout = swizzled(operand_swizzle(contraction), 1)
     return Ring(
         a=plgpu.SMEM((stages, tile.block_m, BLOCK_K), jnp.float8_e4m3fn, transforms=layout),
         b=plgpu.SMEM((stages, tile.block_n, BLOCK_K), jnp.float8_e4m3fn, transforms=layout),
         full=plgpu.Barrier(num_arrivals=COPIES_PER_STAGE, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
-        a_scales=plgpu.SMEM((panels, tile.block_m, PANEL), jnp.float32),
-        b_scales=plgpu.SMEM((panels, scale_rows, PANEL), jnp.float32),
+        a_scales=plgpu.SMEM((panels, tile.block_m, width), jnp.float32),
+        b_scales=plgpu.SMEM((panels, scale_rows, width), jnp.float32),
         panel_full=plgpu.Barrier(num_arrivals=2, num_barriers=panels),
         panel_empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=panels),
         column_scales=plgpu.SMEM((CONSUMERS, 2, PANEL, tile.column_scales), jnp.float32)
@@ -127,30 +142,54 @@ def next_slot(slot: Any, stages: int) -> Any:
     return lax.select(slot == stages - 1, jnp.int32(0), slot + 1)
 
 
+def by_fours(operands: Operands) -> Operands:
+    """The operands with 4 rows of scales as one, as they are copied where a panel holds whole rows."""
+
+    def joined(scales: Any) -> Any:
+        *lead, rows, width = scales.shape
+        return scales.reshape(*lead, rows // SCALE_ROWS, SCALE_ROWS * width)
+
+    return operands._replace(a_scales=joined(operands.a_scales), b_scales=joined(operands.b_scales))
+
+
 def first_place() -> Place:
     """Where every warpgroup starts."""
     return Place(jnp.int32(0), jnp.int32(0))
 
 
 def load_tile(
-    tile: Tile, operands: Operands, ring: Ring, work: Work, place: Place, *, is_b_scaled_by_row: bool
+    tile: Tile,
+    operands: Operands,
+    ring: Ring,
+    work: Work,
+    place: Place,
+    *,
+    contraction: int,
+    is_b_scaled_by_row: bool,
 ) -> Place:
-    """Fills a slot for each block of the contraction, and a panel for each 4; returns the place after the last."""
+    """Fills a slot for each block of the contraction, and panels as they begin; returns the place after the last."""
+    width = panel_columns(contraction, is_b_scaled_by_row=is_b_scaled_by_row)
     scale_row = work.column if is_b_scaled_by_row else lax.div(work.column, jnp.int32(BLOCK_K))
-    scale_rows = b_scale_rows(tile, is_b_scaled_by_row=is_b_scaled_by_row)
+    scale_rows = b_scale_rows(tile, width, is_b_scaled_by_row=is_b_scaled_by_row)
+
+    def copy_panel(scales: Any, lead: Any, row: Any, rows: int, columns: Any, panels: Any, at: Any) -> None:
+        target = panels.at[at]
+        if width != PANEL:
+            fours = lax.div(row, jnp.int32(SCALE_ROWS))
+            row, columns = fours * SCALE_ROWS, pl.ds(0, width)
+            if ring.copies_by_four:
+                row, rows, columns = fours, rows // SCALE_ROWS, pl.ds(0, SCALE_ROWS * width)
+                target = target.reshape(rows, SCALE_ROWS * width)
+        plgpu.copy_gmem_to_smem(_at(scales, lead, pl.ds(row, rows), columns), target, ring.panel_full.at[at])
 
     def load_panel(panel: Any, index: Any) -> None:
-        columns, full = pl.ds(index * PANEL, PANEL), ring.panel_full.at[panel]
+        columns = pl.ds(index * PANEL, PANEL)
         plgpu.barrier_wait(ring.panel_empty.at[panel])
-        plgpu.copy_gmem_to_smem(
-            _at(operands.a_scales, work.a_lead, pl.ds(work.row, tile.block_m), columns), ring.a_scales.at[panel], full
-        )
-        plgpu.copy_gmem_to_smem(
-            _at(operands.b_scales, work.b_lead, pl.ds(scale_row, scale_rows), columns), ring.b_scales.at[panel], full
-        )
+        copy_panel(operands.a_scales, work.a_lead, work.row, tile.block_m, columns, ring.a_scales, panel)
+        copy_panel(operands.b_scales, work.b_lead, scale_row, scale_rows, columns, ring.b_scales, panel)
 
     def load_block(slot: Any, _: Any, index: Any, block: Any, nothing: Any) -> tuple[Any, Any]:
-        inner = pl.ds((index * PANEL + block) * BLOCK_K, BLOCK_K)
+        inner = pl.ds((index * width + block) * BLOCK_K, BLOCK_K)
         await_empty(ring, slot)
         full = ring.full.at[slot]
         height = tile.block_m // tile.waves
@@ -169,11 +208,11 @@ def load_tile(
         )
         return next_slot(slot, tile.stages), nothing
 
-    return _each_block(tile, work, place, None, begin=load_panel, step=load_block)[0]
+    return _each_block(tile, width, work, place, None, begin=load_panel, step=load_block)[0]
 
 
 def multiply_tile(
-    tile: Tile, ring: Ring, work: Work, place: Place, consumer: Any, *, is_b_scaled_by_row: bool
+    tile: Tile, ring: Ring, work: Work, place: Place, consumer: Any, *, contraction: int, is_b_scaled_by_row: bool
 ) -> tuple[Place, list[list[Any]]]:
     """Multiplies and promotes what `load_tile` fills; returns the place after the last, and this consumer's sums.
 
@@ -182,6 +221,7 @@ def multiply_tile(
 
     Returns: sums[wave][run], float32 [64, columns of the run]: runs of columns that share a scale of b.
     """
+    width = panel_columns(contraction, is_b_scaled_by_row=is_b_scaled_by_row)
     _, column = consumer_offsets(tile, consumer, 0)
     runs = [tile.columns] if is_b_scaled_by_row else _runs(tile)
     starts = [sum(runs[:i]) for i in range(len(runs))]
@@ -207,7 +247,9 @@ def multiply_tile(
         if is_b_scaled_by_row:
             mine = ring.column_scales.at[consumer, lax.rem(index, jnp.int32(2)), block]
             return [plgpu.load(mine.at[pl.ds(0, tile.columns)], layout=_COLUMNS)]
-        first = lax.rem(work.column, jnp.int32(BLOCK_K)) + column
+        # From the first row that was copied: that of the tile's first column, or the multiple of 4 before it.
+        period = jnp.int32(BLOCK_K if width == PANEL else SCALE_ROWS * BLOCK_K)
+        first = lax.rem(work.column, period) + column
         return [ring.b_scales[panel, lax.div(first + start, jnp.int32(BLOCK_K)), block] for start in starts]
 
     def step(slot: Any, panel: Any, index: Any, block: Any, sums: Any) -> tuple[Any, Any]:
@@ -246,11 +288,12 @@ def multiply_tile(
         [plgpu.layout_cast(jnp.zeros((64, width), jnp.float32), plgpu.Layout.WGMMA) for width in runs]
         for _ in range(tile.waves)
     ]
-    return _each_block(tile, work, place, zeros, begin=begin, step=step, end=end)
+    return _each_block(tile, width, work, place, zeros, begin=begin, step=step, end=end)
 
 
 def _each_block(
     tile: Tile,
+    width: int,
     work: Work,
     place: Place,
     carry: Any,
@@ -259,29 +302,30 @@ def _each_block(
     step: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]],
     end: Callable[[Any], None] = lambda _: None,
 ) -> tuple[Place, Any]:
-    """Walks the blocks of the work's part of the contraction, panel by panel.
+    """Walks the blocks of the work's part of the contraction, panel by panel of `width` blocks.
 
     begin(panel, which of all), then slot, carry = step(slot, panel, which of all, block within it, carry) for each of
     its blocks, then end(panel).
     """
     # LLVM would unroll loops whose lengths it knows, and the producer, with 40 registers, would spill.
     last = lax.optimization_barrier(work.first_block + work.num_blocks)
-    first_panel = lax.div(work.first_block, jnp.int32(PANEL))
-    num_panels = lax.div(last + PANEL - 1, jnp.int32(PANEL)) - first_panel
+    first_panel = lax.div(work.first_block, jnp.int32(width))
+    count_panels = lax.div(last + width - 1, jnp.int32(width)) - first_panel
+    panels = num_panels(tile, width)
 
     def one_panel(i: Any, both: Any) -> Any:
         (slot, panel), carry = both
         index = first_panel + i
-        first = lax.max(work.first_block - index * PANEL, jnp.int32(0))
-        count = lax.min(last - index * PANEL, jnp.int32(PANEL)) - first
+        first = lax.max(work.first_block - index * width, jnp.int32(0))
+        count = lax.min(last - index * width, jnp.int32(width)) - first
         begin(panel, index)
         slot, carry = lax.fori_loop(
             jnp.int32(0), count, lambda j, state: step(state[0], panel, index, first + j, state[1]), (slot, carry)
         )
         end(panel)
-        return Place(slot, next_slot(panel, tile.panels)), carry
+        return Place(slot, next_slot(panel, panels)), carry
 
-    return lax.fori_loop(jnp.int32(0), num_panels, one_panel, (place, carry))
+    return lax.fori_loop(jnp.int32(0), count_panels, one_panel, (place, carry))
 
 
 def consumer_offsets(tile: Tile, consumer: Any, wave: int) -> tuple[Any, Any]:
@@ -305,16 +349,16 @@ def arrive_empty(ring: Ring, slot: Any) -> None:
         plgpu.barrier_arrive(ring.shared_empty.at[slot])
 
 
-def release_all(tile: Tile, ring: Ring) -> None:
+def release_all(ring: Ring) -> None:
     """What a consumer does before it starts: hands every slot and panel to the producer."""
-    _every(tile.stages, lambda slot: arrive_empty(ring, slot))
-    _every(tile.panels, lambda panel: plgpu.barrier_arrive(ring.panel_empty.at[panel]))
+    _every(ring.empty.shape[0], lambda slot: arrive_empty(ring, slot))
+    _every(ring.panel_empty.shape[0], lambda panel: plgpu.barrier_arrive(ring.panel_empty.at[panel]))
 
 
-def await_all(tile: Tile, ring: Ring) -> None:
+def await_all(ring: Ring) -> None:
     """What the producer does at the end: waits until every slot and panel is handed back."""
-    _every(tile.stages, lambda slot: await_empty(ring, slot))
-    _every(tile.panels, lambda panel: plgpu.barrier_wait(ring.panel_empty.at[panel]))
+    _every(ring.empty.shape[0], lambda slot: await_empty(ring, slot))
+    _every(ring.panel_empty.shape[0], lambda panel: plgpu.barrier_wait(ring.panel_empty.at[panel]))
 
 
 def _every(count: int, do: Callable[[Any], None]) -> None:

@@ -18,8 +18,13 @@ ALIGNMENT = 1024
 """Bytes that Mosaic rounds each buffer up to."""
 PANEL = 4
 """Columns of scales that are copied at a time: the 16 bytes of a row that TMA copies at least, for 4 blocks of K."""
-BLOCK_SCALE_ROWS = 8
-"""Rows of scales of 128x128 blocks in a panel: as few as make the 128 bytes that Mosaic copies at least."""
+MOST_WHOLE = 20
+"""Columns of scales of which a panel may hold whole rows."""
+SCALE_ROWS = 4
+"""Rows of scales that are copied as one where a panel holds whole rows: 16 bytes, whatever a row has."""
+BLOCK_SCALE_ROWS, WHOLE_BLOCK_SCALE_ROWS = 8, 32
+"""Rows of scales of 128x128 blocks in a panel, and in one of whole rows: as few as make full 128 bytes, which Mosaic
+copies. A tile needs up to 3, which are among them also where copies start at a multiple of 4."""
 SWIZZLES = (128, 64, 32, 16)
 MOST_PARTS = 8
 """Blocks of a cluster that every Hopper GPU can run."""
@@ -84,11 +89,6 @@ class Tile:
         return self.columns // self.split_k
 
     @property
-    def panels(self) -> int:
-        """Panels of scales in shared memory: of the block that is multiplied, the last of its panel, and all others."""
-        return -(-(self.stages - 1) // PANEL) + 1
-
-    @property
     def column_scales(self) -> int:
         """Scales of a consumer's columns where each has its own, in full runs of the 64 that are moved at a time."""
         return -(-self.columns // 64) * 64
@@ -115,33 +115,49 @@ def output_chunk(columns: int, dtype: jax.typing.DTypeLike) -> tuple[int, int]:
     return (swizzle // size if swizzle == 128 else columns), swizzle
 
 
-def output_slots(tile: Tile, dtype: jax.typing.DTypeLike, *, is_b_scaled_by_row: bool) -> int:
+def output_slots(tile: Tile, dtype: jax.typing.DTypeLike, *, contraction: int, is_b_scaled_by_row: bool) -> int:
     """Chunks of a consumer that can be on their way to memory at once: as many as fit beside the ring.
 
     A divisor of the chunks of a tile, so that every tile begins with slot 0. 0 if not even one fits.
     """
     width, _ = output_chunk(tile.output_columns, dtype)
     chunks = tile.waves * (tile.output_columns // width)
-    free = SHARED_LIMIT - RESERVED - ring_bytes(tile, is_b_scaled_by_row=is_b_scaled_by_row)
+    free = SHARED_LIMIT - RESERVED - ring_bytes(tile, contraction=contraction, is_b_scaled_by_row=is_b_scaled_by_row)
     fitting = free // ALIGNMENT * ALIGNMENT // (CONSUMERS * 64 * width * jnp.dtype(dtype).itemsize)
     return max((slots for slots in range(1, chunks + 1) if chunks % slots == 0 and slots <= fitting), default=0)
 
 
-def ring_bytes(tile: Tile, *, is_b_scaled_by_row: bool) -> int:
+def ring_bytes(tile: Tile, *, contraction: int, is_b_scaled_by_row: bool) -> int:
     """Shared memory of the stages, the panels of scales and the scales of columns."""
-    a_scales, b_scales = tile.block_m, b_scale_rows(tile, is_b_scaled_by_row=is_b_scaled_by_row)
+    width = panel_columns(contraction, is_b_scaled_by_row=is_b_scaled_by_row)
+    a_scales, b_scales = tile.block_m, b_scale_rows(tile, width, is_b_scaled_by_row=is_b_scaled_by_row)
+    panels = num_panels(tile, width)
     buffers = [
         tile.stages * tile.block_m * BLOCK_K,
         tile.stages * tile.block_n * BLOCK_K,
-        *(tile.panels * rows * PANEL * 4 for rows in (a_scales, b_scales)),
+        *(panels * rows * width * 4 for rows in (a_scales, b_scales)),
         CONSUMERS * 2 * PANEL * tile.column_scales * 4 if is_b_scaled_by_row else 0,
     ]
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers)
 
 
-def b_scale_rows(tile: Tile, *, is_b_scaled_by_row: bool) -> int:
+def panel_columns(contraction: int, *, is_b_scaled_by_row: bool) -> int:
+    """Columns of scales in a panel: 4, or all where rows are short and of no full 16 bytes (K = 2112 has 17)."""
+    blocks = -(-contraction // BLOCK_K)
+    is_whole = blocks % PANEL and blocks <= MOST_WHOLE and not is_b_scaled_by_row
+    return blocks if is_whole else PANEL
+
+
+def num_panels(tile: Tile, width: int) -> int:
+    """Panels in shared memory: of the block that is multiplied, the last of its panel, and all that follow it."""
+    return -(-(tile.stages - 1) // width) + 1
+
+
+def b_scale_rows(tile: Tile, width: int, *, is_b_scaled_by_row: bool) -> int:
     """Rows of a panel of scales of b: with one a row, those of the last consumer in full runs."""
-    return tile.block_n - tile.columns + tile.column_scales if is_b_scaled_by_row else BLOCK_SCALE_ROWS
+    if is_b_scaled_by_row:
+        return tile.block_n - tile.columns + tile.column_scales
+    return BLOCK_SCALE_ROWS if width == PANEL else WHOLE_BLOCK_SCALE_ROWS
 
 
 def clusters_at_once(num_sms: int, size: int) -> int:

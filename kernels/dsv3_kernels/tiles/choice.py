@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dsv3_kernels import target
 from dsv3_kernels.gpu import machine
-from dsv3_kernels.sm90.tile import Tile, output_slots
+from dsv3_kernels.sm90.tile import Tile
 from dsv3_kernels.tiles import model
 from dsv3_kernels.tiles.model import Problem
 
@@ -87,7 +87,7 @@ def tuned_tiles(kind: str) -> list[tuple[Problem, Tile]]:
 
 def _fits(problem: Problem, tile: Tile) -> bool:
     """Whether the tile has room for a chunk of this output, which may be wider than the one it was tuned for."""
-    return output_slots(tile, problem.out_dtype, is_b_scaled_by_row=problem.is_b_scaled_by_row) > 0
+    return model.slots(problem, tile) > 0
 
 
 def rounded(problem: Problem) -> Problem:

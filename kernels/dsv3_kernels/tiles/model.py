@@ -88,7 +88,7 @@ def shortlist(problem: Problem, count: int) -> list[Tile]:
 
 def slots(problem: Problem, tile: Tile) -> int:
     """Chunks of this output that a consumer has on their way at once; 0 for a tile without room for any."""
-    return output_slots(tile, problem.out_dtype, is_b_scaled_by_row=problem.is_b_scaled_by_row)
+    return output_slots(tile, problem.out_dtype, contraction=problem.k, is_b_scaled_by_row=problem.is_b_scaled_by_row)
 
 
 def _order(problem: Problem, tile: Tile, l2: float) -> tuple[float, float, int, int, str]:

@@ -87,9 +87,9 @@ def drawn(rng: Rng) -> Result:
 
 
 CASES: dict[str, Callable[[Rng], Result]] = {
-    "more tiles than blocks": lambda rng: dense(rng, 136, 192, 384, Tile(128, 64, 2), sms=1),
+    "more tiles than blocks": lambda rng: dense(rng, 136, 192, 512, Tile(128, 64, 2), sms=1),
     "two waves, multicast of a": lambda rng: dense(rng, 256, 256, 256, Tile(256, 128, 2, "n")),
-    "few rows, split contraction": lambda rng: dense(rng, 97, 64, 640, Tile(64, 64, 2, split_k=2)),
+    "few rows, split contraction": lambda rng: dense(rng, 97, 64, 1024, Tile(64, 64, 2, split_k=2)),
     "weight gradient, multicast of b, added": lambda rng: dense(
         rng, 250, 130, 256, Tile(128, 64, 3, "m"), by_row=True, adds=True
     ),
