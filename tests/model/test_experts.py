@@ -92,9 +92,15 @@ def composed(implementation):
 IMPLEMENTATIONS = {"chunks": routed_ffn, "xla": composed("xla"), "reference": composed("reference")}
 
 
-@pytest.mark.parametrize("load", ["one token", "ragged", "many", "all to two"])
-@pytest.mark.parametrize("routed", IMPLEMENTATIONS)
-def test_routed_experts_equal_every_token_through_its_experts_with_gradients(load, routed):
+@pytest.mark.parametrize(
+    ("routed", "load"),
+    [
+        *[("chunks", load) for load in ("one token", "ragged", "many", "all to two")],
+        *[("xla", load) for load in ("one token", "all to two")],
+        ("reference", "ragged"),
+    ],
+)
+def test_routed_experts_equal_every_token_through_its_experts_with_gradients(routed, load):
     routed = IMPLEMENTATIONS[routed]
     x, params, weights, ids = routed_inputs(load)
     d_out = jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
@@ -115,7 +121,7 @@ def test_routed_experts_equal_every_token_through_its_experts_with_gradients(loa
 
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_implementations_agree_in_bfloat16_with_gradients(block_size):
-    x, params, weights, ids = routed_inputs("many", jnp.bfloat16)
+    x, params, weights, ids = routed_inputs("ragged", jnp.bfloat16)
     plan = plan_blocks(ids, E, block_size=block_size)
 
     def run(routed):
