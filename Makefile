@@ -54,7 +54,7 @@ test-slow: $(STAMP) ## only the slow tests
 test-all: $(STAMP) ## all tests, under 45 minutes on 2 cores
 	$(PYTEST) $(ARGS)
 
-test-aot: $(AOT_STAMP) ## compile every kernel for H100 without one; ARGS=--write renews the table in kernels/README.md
+test-aot: $(AOT_STAMP) ## compile every kernel for H100 without one; ARGS=--write renews kernels/results/compiled_sm90a.md
 	JAX_PLATFORMS=cpu PYTHONPATH=kernels $(AOT_VENV)/bin/python -m dsv3_kernels.aot $(or $(ARGS),--check)
 
 gpu: $(STAMP) ## check the kernels' small cases on this machine's GPU, then measure speed into kernels/results/; under ten minutes

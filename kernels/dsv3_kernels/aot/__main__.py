@@ -2,7 +2,7 @@
 
 `python -m dsv3_kernels.aot` in an environment with the CUDA plugin of jax and pip's ptxas and nvdisasm, which
 `make test-aot` makes; no GPU. Exit status: 0 all is well (or jax is too old for Pallas, which is said), 1 a kernel is
-wrong or the README lacks a case, 2 the check itself cannot work.
+wrong or the table lacks a case, 2 the check itself cannot work.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dsv3_kernels import dispatch
 from dsv3_kernels.aot import case, compile, judge, report, selfcheck
 from dsv3_kernels.aot.jobs import Compiled, compile_all
 
-README = Path(__file__).parents[2] / "README.md"
+TABLE = Path(__file__).parents[2] / "results" / "compiled_sm90a.md"
 
 
 class Result(NamedTuple):
@@ -64,8 +64,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compilations at a time")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--write", action="store_true", help=f"write the table into {README.parent.name}/{README.name}")
-    where.add_argument("--check", action="store_true", help="fail if the README's table has other cases or columns")
+    where.add_argument("--write", action="store_true", help=f"write the table into {TABLE.parent.name}/{TABLE.name}")
+    where.add_argument("--check", action="store_true", help="fail if that table has other cases or columns")
     options = parser.parse_args(arguments)
     if options.only and (options.write or options.check):
         parser.error("--write and --check are about all cases; leave --only away")
@@ -118,11 +118,11 @@ def _judge(done: Compiled) -> Result:
 
 
 def _publish(table: str, options: argparse.Namespace) -> int:
-    """Writes or compares the README's table, as the options say; returns the exit status."""
-    name = f"{README.parent.name}/{README.name}"
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    """Writes or compares the table, as the options say; returns the exit status."""
+    name = f"{TABLE.parent.name}/{TABLE.name}"
+    text = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
     if options.write:
-        README.write_text(report.insert(text, table), encoding="utf-8")
+        TABLE.write_text(report.insert(text, table), encoding="utf-8")
         print(f"wrote the table into {name}")
     if options.check and (found := report.differences(text, table)):
         print(f"{name} is out of date: {'; '.join(found)}. Run make test-aot ARGS=--write")

@@ -1,4 +1,4 @@
-"""The costs of the kernels as a Markdown table, in a README between two marks."""
+"""The costs of the kernels as a Markdown table, in a page between two marks."""
 
 from collections.abc import Iterable
 
@@ -40,19 +40,19 @@ def table(costs: Iterable[tuple[str, Cost]]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def insert(readme: str, table: str) -> str:
-    """The README with the table between the marks, which are appended where they are missing."""
-    if BEGIN not in readme or END not in readme:
-        return f"{readme.rstrip()}\n\n{BEGIN}\n{table}\n{END}\n".lstrip()
-    before, _, rest = readme.partition(BEGIN)
+def insert(page: str, table: str) -> str:
+    """The page with the table between the marks, which are appended where they are missing."""
+    if BEGIN not in page or END not in page:
+        return f"{page.rstrip()}\n\n{BEGIN}\n{table}\n{END}\n".lstrip()
+    before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
 
 
-def differences(readme: str, table: str) -> list[str]:
-    """In what the README's table has other columns or other cases than `table`; numbers may differ."""
-    if BEGIN not in readme or END not in readme:
+def differences(page: str, table: str) -> list[str]:
+    """In what the page's table has other columns or other cases than `table`; numbers may differ."""
+    if BEGIN not in page or END not in page:
         return ["it has no table of compiled kernels"]
-    written, actual = _structure(readme.partition(BEGIN)[2].partition(END)[0]), _structure(table)
+    written, actual = _structure(page.partition(BEGIN)[2].partition(END)[0]), _structure(table)
     if written[:1] != actual[:1]:
         return ["its table has other columns"]
     return [

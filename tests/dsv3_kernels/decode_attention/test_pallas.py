@@ -22,12 +22,15 @@ if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["two-row-blocks", "drawn", "plan-few"],
+        ["drawn", "plan-few"],
         ["fp8"],
         ["combine-some-empty"],
         pytest.param(["combine-one-sequence", "combine-none-split", "combine-no-work"], marks=pytest.mark.slow),
         pytest.param(["splits", "stray-pages", "stray-pages-fp8", "beyond-table"], marks=pytest.mark.slow),
-        pytest.param(["one-sequence", "all-empty", "two-row-blocks-alone", "not-causal"], marks=pytest.mark.slow),
+        pytest.param(
+            ["one-sequence", "all-empty", "two-row-blocks", "two-row-blocks-alone", "not-causal"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["plan-b7", "plan-b128", "plan-b300", "combine-all-split"], marks=pytest.mark.slow),
         pytest.param(["--races", "splits", "two-row-blocks"], marks=pytest.mark.slow),
         pytest.param(["--races", "fp8", "drawn"], marks=pytest.mark.slow),
