@@ -219,7 +219,7 @@ def _lower_for_cuda(context, *arrays, jaxpr, of_gpu, kernel, refusal: str | None
         if obstacle is None and why is None:
             return _lower_untyped(context, kernel, arrays)
         if obstacle is None and why is not None:
-            _log(op.name, ", ".join(map(str, context.avals_in)), why)
+            _log(op.name, _shapes(context.avals_in), why)
     return _lower_for_gpu(context, *arrays, jaxpr=jaxpr, of_gpu=of_gpu, op=op, is_required=False)
 
 

@@ -177,6 +177,8 @@ def test_what_a_kernel_refuses_is_logged_once(caplog: pytest.LogCaptureFixture, 
     with caplog.at_level(logging.WARNING, logger="dsv3_kernels"):
         for rows in (8, 8, 16):
             K.swiglu_cast(jnp.ones((rows, 2 * 1408), jnp.bfloat16))
+        refused = array(8, 2 * 1408)
+        jax.jit(lambda x: K.swiglu_cast(x)).trace(refused).lower(lowering_platforms=("cuda",))
     assert len(caplog.records) == 2
     assert "swiglu_cast(bfloat16[8, 2816])" in caplog.records[0].message
     assert "F in multiples of 1024" in caplog.records[0].message
