@@ -38,12 +38,12 @@ class Op:
     name: str
     reference: Callable[..., Any]
     xla: Callable[..., Any]
+    axes: str
+    """Which axes of arguments and results are the same, such as "mk mk nk nk -> mn" (see `explicit`)."""
     kernel: Callable[..., Any] | None = None
     """For Hopper; imports Pallas when it is called, and takes `num_sms` where the op does."""
     refuses: Callable[..., str | None] = lambda *arrays, **static: None
     """Why the kernel cannot take these arguments, in words that say what to change; None if it can."""
-    axes: str = ""
-    """Which axes of arguments and results are the same, such as "mk mk nk nk -> mn" (see `explicit`)."""
     xla_gpu: Callable[..., Any] | None = None
     """In place of `xla` on GPUs."""
     no_gradient: str = NO_GRADIENT
