@@ -27,14 +27,14 @@ from dsv3_jax.output import dependable_output
 from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
-from dsv3_jax.training.build import Run, open_run
 from dsv3_jax.training.checkpoint import CheckpointError
 from dsv3_jax.training.evaluate import evaluate, make_evaluator, warm_up
-from dsv3_jax.training.finish import final_evaluations, finish, heldout_part
 from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.log import RunLog
 from dsv3_jax.training.metrics import Progress, metrics_row
 from dsv3_jax.training.progress import Clock, ProgressBar
+from dsv3_jax.training.report import final_evaluations, finish, heldout_part
+from dsv3_jax.training.run import Run, open_run
 from dsv3_jax.training.sample import check_sample
 from dsv3_jax.training.schedules import num_micro_batches, rates_at
 from dsv3_jax.training.step import Rates, StepReport, make_step

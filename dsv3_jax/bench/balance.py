@@ -28,8 +28,8 @@ from dsv3_jax.config.load import load_config
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.train import BatchConfig
+from dsv3_jax.data.build_folder import prepare
 from dsv3_jax.data.loader import make_train_iterator
-from dsv3_jax.data.prepare import prepare
 from dsv3_jax.interrupt import run_program
 from dsv3_jax.training.metrics import load_ratio
 from dsv3_jax.training.plot import smooth

@@ -9,7 +9,7 @@ from typing import Any
 import dsv3_kernels
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.stored import complete
-from dsv3_jax.training.build import differences
+from dsv3_jax.training.run import differences
 
 MADE_BY = "made_by.json"
 

@@ -35,10 +35,10 @@ from dsv3_jax.config.run import RunConfig
 from dsv3_jax.interrupt import Stopped, StopRequest, leave
 from dsv3_jax.output import dependable_output
 from dsv3_jax.precision.policy import FLOAT32, FP8_DSV3, MIXED, Policy, make_fp8_policy
-from dsv3_jax.training.build import Run, open_run
 from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.log import METRICS, RunLog, read_rows
 from dsv3_jax.training.metrics import Progress, Speed, metrics_row
+from dsv3_jax.training.run import Run, open_run
 from dsv3_jax.training.schedules import num_micro_batches, rates_at
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import batch_loss, make_step

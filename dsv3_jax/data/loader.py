@@ -10,9 +10,9 @@ from jaxtyping import Integer
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.data import fim, pack
-from dsv3_jax.data.boundary import split_at_line_breaks
 from dsv3_jax.data.rows import JoinedRows
 from dsv3_jax.data.shards import Shards
+from dsv3_jax.data.token_split import split_at_line_breaks
 from dsv3_jax.data.tokenizer import TextTokenizer
 
 Batch = dict[str, np.ndarray]

@@ -18,7 +18,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from dsv3_jax.config.load import from_dict
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.stored import complete
-from dsv3_jax.data.prepared import TOKENIZER_NAME, file_sha256
+from dsv3_jax.data.folder import TOKENIZER_NAME, file_sha256
 from dsv3_jax.interop.json_file import shorten
 from dsv3_jax.model.params import init
 from dsv3_jax.precision.policy import get_policy

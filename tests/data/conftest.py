@@ -8,8 +8,8 @@ import pytest
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.data import tokenizer
-from dsv3_jax.data.prepare import prepare
-from dsv3_jax.data.prepared import PreparedData
+from dsv3_jax.data.build_folder import prepare
+from dsv3_jax.data.folder import PreparedData
 
 SENTENCE = "def add(a, b):\n    return a + b  # Grüße, 世界 {n}\n\n\nclass Point{n}:\n    x: int = {n}\n"
 

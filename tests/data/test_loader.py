@@ -10,7 +10,7 @@ import pytest
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.data import fim, loader, pack, tokenizer
-from dsv3_jax.data.prepare import prepare
+from dsv3_jax.data.build_folder import prepare
 from dsv3_jax.data.rows import JoinedRows
 
 MASKS = pytest.mark.parametrize("document_mask", [False, True])

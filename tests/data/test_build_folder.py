@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.data import tokenizer
-from dsv3_jax.data.prepare import main, prepare
-from dsv3_jax.data.prepared import open_prepared
+from dsv3_jax.data.build_folder import main, prepare
+from dsv3_jax.data.folder import open_prepared
 
 
 def _lines():
@@ -338,7 +338,7 @@ def test_two_processes_at_once_make_it_once(cfg, folder_of_text, tmp_path):
         "import dataclasses, sys\n"
         "from dsv3_jax.config.data import DataConfig\n"
         "from dsv3_jax.config.model import ModelConfig\n"
-        "from dsv3_jax.data.prepare import prepare\n"
+        "from dsv3_jax.data.build_folder import prepare\n"
         "model = dataclasses.replace(ModelConfig(), vocab_size=400)\n"
         "print(prepare(DataConfig(paths=(sys.argv[1],)), model, sys.argv[2]).counts)\n"
     )

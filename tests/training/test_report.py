@@ -16,8 +16,8 @@ import pytest
 import dsv3_jax as ds
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.run import RunConfig
+from dsv3_jax.data.build_folder import prepare
 from dsv3_jax.data.loader import heldout_batches
-from dsv3_jax.data.prepare import prepare
 from dsv3_jax.training.checkpoint import load_variables
 from dsv3_jax.training.evaluate import Evaluation, evaluate, make_evaluator
 from dsv3_jax.training.schedules import bias_speed, learning_rate, mtp_weight

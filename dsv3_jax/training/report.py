@@ -16,10 +16,10 @@ from dsv3_jax.data.baselines import compressor_baselines
 from dsv3_jax.data.loader import Batch, heldout_batches, num_heldout_batches
 from dsv3_jax.interop.save import save_pretrained
 from dsv3_jax.interrupt import StopRequest
-from dsv3_jax.training.build import Run
 from dsv3_jax.training.evaluate import Evaluation, SumLoss, evaluate
 from dsv3_jax.training.log import HELDOUT, METRICS, read_rows
 from dsv3_jax.training.progress import announced
+from dsv3_jax.training.run import Run
 from dsv3_jax.training.sample import Generate, sample_text
 from dsv3_jax.typing import Variables
 

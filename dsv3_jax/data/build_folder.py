@@ -1,6 +1,6 @@
 """Prepares the data of a run: splits the corpus, trains the tokenizer, writes the shards.
 
-`python -m dsv3_jax.data.prepare --config configs/tiny.py --run-dir DIR` does it ahead of training.
+`python -m dsv3_jax.data.build_folder --config configs/tiny.py --run-dir DIR` does it ahead of training.
 """
 
 import argparse
@@ -24,9 +24,21 @@ from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.paths import shown, user_path
-from dsv3_jax.data import corpus, prepared, shards, split
+from dsv3_jax.data import corpus, shards, split
 from dsv3_jax.data import tokenizer as tokenizer_module
-from dsv3_jax.data.prepared import FORMAT, MANIFEST_NAME, TOKENIZER_NAME, PreparedData, open_prepared
+from dsv3_jax.data.folder import (
+    FORMAT,
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    PreparedData,
+    content_fingerprint,
+    file_sha256,
+    open_prepared,
+    scan,
+    settings,
+    source_change,
+    stat_fingerprint,
+)
 from dsv3_jax.data.tokenizer import TextTokenizer
 from dsv3_jax.interrupt import run_program
 from dsv3_jax.progress import progress
@@ -64,7 +76,7 @@ def prepare(
     try:
         is_made = not (folder / MANIFEST_NAME).exists() and _make(cfg, model, folder, say)
         data = open_prepared(cfg, model, folder)
-        if not is_made and (change := prepared.source_change(cfg, data)):
+        if not is_made and (change := source_change(cfg, data)):
             say(
                 f"data: the sources {change}; the run goes on with {shown(folder)} (to learn from them as they are "
                 f"now, use another {'data.cache_dir and ' if cfg.cache_dir else ''}--run-dir)"
@@ -80,7 +92,7 @@ def prepare(
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `prepare` from the command line; 2 on an error the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.data.prepare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.data.build_folder", description=__doc__)
     add_config_arguments(parser, "--config")
     parser.add_argument("--run-dir", required=True, help="folder of the run; the data goes to its data/")
     given = parser.parse_args(arguments)
@@ -111,7 +123,7 @@ def _build(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str
     listing = corpus.list_files(cfg)
     tally = corpus.Tally()
     with progress("reading", None) as advance:
-        hashes, num_bytes = prepared.scan(cfg, listing, tally, advance)
+        hashes, num_bytes = scan(cfg, listing, tally, advance)
     if not len(hashes):
         left_out = "; ".join(tally.rejected[:3]) or f"{tally.num_empty} empty documents"
         where = ", ".join(shown(path) for path in cfg.paths) or listing.root
@@ -126,13 +138,16 @@ def _build(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str
         tokenizer = _make_tokenizer(cfg, model, listing, rule, num_bytes, say)
         (partial / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
         counts = _write_shards(cfg, listing, rule, tokenizer, partial, num_bytes)
-        content = prepared.content_fingerprint(hashes)
         manifest = {
             "format": FORMAT,
-            "settings": prepared.settings(cfg, model),
-            "sources": {"listing": prepared.stat_fingerprint(listing), "content": content, "bytes": num_bytes},
+            "settings": settings(cfg, model),
+            "sources": {
+                "listing": stat_fingerprint(listing),
+                "content": content_fingerprint(hashes),
+                "bytes": num_bytes,
+            },
             "counts": counts,
-            "tokenizer": prepared.file_sha256(partial / TOKENIZER_NAME),
+            "tokenizer": file_sha256(partial / TOKENIZER_NAME),
             "left_out": {
                 **{why: names.count for why, names in listing.left_out.items()},
                 "empty": tally.num_empty,

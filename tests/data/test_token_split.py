@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.data import tokenizer
-from dsv3_jax.data.boundary import split_at_line_breaks
+from dsv3_jax.data.token_split import split_at_line_breaks
 
 LINES = ["if f(a):\n    g(b)\n", "for c in d:\n    e = [c]\n", "h(i);\nj = k\n", "class L:\n\n    m = (n)\n"]
 TEXT = "".join(LINES * 20)

@@ -17,8 +17,8 @@ from dsv3_jax.config.load import Difference, diff, to_dict
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.stored import complete
+from dsv3_jax.data.build_folder import PreparedData, prepare
 from dsv3_jax.data.loader import make_train_iterator
-from dsv3_jax.data.prepare import PreparedData, prepare
 from dsv3_jax.interop.hf_config import to_hf
 from dsv3_jax.training.checkpoint import Checkpoint, CheckpointFolder, load
 from dsv3_jax.training.checkpoint_files import HOST, CheckpointError
