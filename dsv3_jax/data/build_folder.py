@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -304,7 +305,7 @@ def _copy_tokenizer(folder: Path, run_dir: Path) -> None:
     if target.exists() and target.read_bytes() == source.read_bytes():
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{TOKENIZER_NAME}.{os.getpid()}")
+    partial = target.with_name(f".{TOKENIZER_NAME}.{threading.get_native_id()}")
     shutil.copyfile(source, partial)
     partial.replace(target)
 
