@@ -117,9 +117,9 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
             clock = stop.run(start_clock, run)
             while run.progress.tokens < cfg.total_tokens:
                 batches = stop.run(run.next_batches, num_micro_batches(run.progress.tokens, cfg.batch))
-                tokens = run.progress.tokens + sum(batch.tokens.size for batch in batches)
+                tokens = run.progress.tokens + batches.tokens.size
                 rates = rates_at(tokens, cfg)
-                name = "the step" if len(batches) == 1 else "the step of several micro-batches"
+                name = "the step" if len(batches.tokens) == 1 else "the step of several micro-batches"
                 compile_once(name, step.compile, run.state, batches, rates)
                 state, report = step(run.state, batches, rates)
                 run.advance(state, Progress(run.progress.step + 1, tokens))

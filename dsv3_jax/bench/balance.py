@@ -28,6 +28,7 @@ from dsv3_jax.config.load import load_config
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.train import BatchConfig
+from dsv3_jax.data.batch import stack
 from dsv3_jax.data.build_folder import prepare
 from dsv3_jax.data.loader import make_train_iterator
 from dsv3_jax.interrupt import run_program
@@ -35,7 +36,6 @@ from dsv3_jax.training.metrics import load_ratio
 from dsv3_jax.training.plot import smooth
 from dsv3_jax.training.state import TrainState, init_state
 from dsv3_jax.training.step import Rates, make_step
-from dsv3_jax.training.targets import make_micro_batch
 
 WINDOW = 20
 """Steps whose load is added up before max/mean is taken, so that the noise of one small batch does not count."""
@@ -68,6 +68,7 @@ def loads(cfg: RunConfig, run_dir: Path, *, steps: int, bias_speed: float) -> np
         data.train,
         batch_size=cfg.train.batch.micro,
         seq_len=cfg.train.seq_len,
+        mtp_depth=cfg.model.mtp_depth,
         seed=cfg.seed,
     )
     state = skewed(init_state(cfg), num_favoured=cfg.model.moe.top_k, strength=3.0)
@@ -76,8 +77,7 @@ def loads(cfg: RunConfig, run_dir: Path, *, steps: int, bias_speed: float) -> np
     for i in range(steps):
         warm = min(1.0, (i + 1) / (steps / 10))
         rates = Rates(np.float32(warm * cfg.train.lr.peak), np.float32(auxiliary.mtp_weight), np.float32(bias_speed))
-        batch = make_micro_batch(next(batches), mtp_depth=cfg.model.mtp_depth, document_mask=cfg.data.document_mask)
-        state, report = step(state, [batch], rates)
+        state, report = step(state, stack([next(batches)]), rates)
         found.append(np.asarray(report.parts.load[: cfg.model.num_moe_layers]))
     batches.close()
     return np.stack(found)

@@ -156,7 +156,7 @@ def _one_step(run: Run, step: Any, watch: Stopwatch) -> dict[str, Any]:
     """Advances the run; its row of metrics.jsonl."""
     train = run.cfg.train
     batches = run.next_batches(num_micro_batches(run.progress.tokens, train.batch))
-    new = sum(batch.tokens.size for batch in batches)
+    new = batches.tokens.size
     rates = rates_at(run.progress.tokens + new, train)
     state, report = step(run.state, batches, rates)
     run.advance(state, Progress(run.progress.step + 1, run.progress.tokens + new))

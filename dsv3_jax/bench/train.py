@@ -28,13 +28,13 @@ from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.run import RunConfig
+from dsv3_jax.data.batch import Batch, stack
 from dsv3_jax.interrupt import run_program
 from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.state import init_state
 from dsv3_jax.training.step import Rates, make_step
-from dsv3_jax.training.targets import MicroBatch
 
 EXIT_USER_ERROR = 2
 
@@ -121,12 +121,12 @@ def training_program(cfg: RunConfig) -> tuple[Callable[[], float], int]:
     """A program that makes one training step on random tokens and returns its seconds; and the parameter count."""
     step = make_step(cfg)
     state = [init_state(cfg)]
-    batch = random_batch(cfg)
+    batches = stack([random_batch(cfg)])
     rates = Rates(np.float32(cfg.train.lr.low), np.float32(0.1), np.float32(cfg.train.auxiliary.bias_speed))
 
     def program() -> float:
         def work() -> Any:
-            state[0], report = step(state[0], [batch], rates)
+            state[0], report = step(state[0], batches, rates)
             return state[0], report
 
         return timed(work)
@@ -134,13 +134,13 @@ def training_program(cfg: RunConfig) -> tuple[Callable[[], float], int]:
     return program, sum(leaf.size for leaf in jax.tree.leaves(state[0].params))
 
 
-def random_batch(cfg: RunConfig) -> MicroBatch:
+def random_batch(cfg: RunConfig) -> Batch:
     """One micro-batch of random tokens, every label counted."""
     rng = np.random.default_rng(0)
     B, T, depths = cfg.train.batch.micro, cfg.train.seq_len, cfg.model.mtp_depth + 1
     tokens = rng.integers(0, cfg.model.vocab_size, (B, T + depths), dtype=np.int32)
     labels = np.stack([tokens[:, 1 + depth : 1 + depth + T] for depth in range(depths)])
-    return MicroBatch(tokens[:, :T], labels, np.ones((depths, B, T), np.float32), None, None)
+    return Batch(tokens[:, :T], labels, np.ones((depths, B, T), np.float32))
 
 
 def _warm_and_take_turns(programs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

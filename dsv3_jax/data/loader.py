@@ -1,21 +1,22 @@
 """Batches: an endless, resumable stream for training and a finite one for evaluation."""
 
 import functools
+import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Float, Int, Integer
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.data import fim, pack
+from dsv3_jax.data.batch import Batch, make_batch
 from dsv3_jax.data.rows import JoinedRows
 from dsv3_jax.data.shards import Shards
 from dsv3_jax.data.token_split import split_at_line_breaks
 from dsv3_jax.data.tokenizer import TextTokenizer
-
-Batch = dict[str, np.ndarray]
 
 _NUM_BINS = 16
 
@@ -27,11 +28,12 @@ def make_train_iterator(
     *,
     batch_size: int,
     seq_len: int,
+    mtp_depth: int,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches (`pack.as_batch`: int32 [batch_size, seq_len] each), reshuffled every epoch.
+    """Endless batches of `batch_size` rows with labels of every depth, reshuffled every epoch.
 
     `get_state()` is small JSON; `set_state` of it, in a fresh iterator made with the same arguments, continues with
     the very next batch, bit for bit. What happens to a document depends on (seed, document, epoch) only. Process i of
@@ -59,7 +61,7 @@ def make_train_iterator(
         rows = JoinedRows(stream, seq_len=seq_len)
     if cfg.shuffle_rows > 1:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=cfg.shuffle_rows, seed=seeds[2])
-    batches = rows.batch(batch_size, drop_remainder=True).map(_finish)
+    batches = rows.batch(batch_size, drop_remainder=True).map(functools.partial(_finish, mtp_depth=mtp_depth))
     batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=cfg.prefetch_batches)
     return iter(batches)
 
@@ -75,26 +77,25 @@ def heldout_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every held-out token once, as it is: batches as for training, and `num_bytes` [B], always in the same order.
+    """Every held-out token once, as it is: batches of depth 0 with `num_bytes`, always in the same order.
 
     Documents are `bos text eos`, each in windows of its own (`pack.heldout_windows`), which come in an order drawn
-    once, so that the first `max_batches` are a fair sample. `loss_mask` marks the tokens a window scores, `num_bytes`
-    the UTF-8 bytes these stand for. So bits per byte = Σ nll (nats) · loss_mask / ln 2 / Σ num_bytes, with every byte
-    and every end of document paid for. The last batch is filled up with rows of padding; all processes get the same
+    once, so that the first `max_batches` are a fair sample. `weights` mark the labels a window scores, `num_bytes` the
+    UTF-8 bytes these stand for. So bits per byte = Σ nll (nats) · weights / ln 2 / Σ num_bytes, with every byte and
+    every end of document paid for. The last batch is filled up with rows of padding; all processes get the same
     number of batches.
     """
     windows = _windows(tokenizer, shards, seq_len, overlap)
     size = batch_size * process_count
     num_batches = 0
     while max_batches is None or num_batches < max_batches:
-        rows = [row for _, row in zip(range(size), windows, strict=False)]
+        rows = list(itertools.islice(windows, size))
         if not rows:
             return
-        blank = {name: np.zeros_like(value) for name, value in rows[0].items()}
-        for name in ("tokens", "targets"):
-            blank[name] += tokenizer.pad_id
+        blank = _Window(np.full_like(rows[0].tokens, tokenizer.pad_id), *map(np.zeros_like, rows[0][1:]))
         mine = (rows + [blank] * (size - len(rows)))[process_index * batch_size : (process_index + 1) * batch_size]
-        yield {name: np.stack([row[name] for row in mine]) for name in blank}
+        tokens, segment_ids, is_scored, num_bytes = map(np.stack, zip(*mine, strict=True))
+        yield make_batch(tokens, segment_ids)._replace(weights=is_scored[None], num_bytes=num_bytes)
         num_batches += 1
 
 
@@ -144,8 +145,9 @@ def _separate_rows(stream: grain.IterDataset, *, seq_len: int, pad_id: int, seed
     )
 
 
-def _finish(rows: dict[str, np.ndarray]) -> Batch:
-    return pack.as_batch(rows["tokens"], rows.get("tokens_segment_ids"), rows.get("tokens_positions"))
+def _finish(rows: dict[str, np.ndarray], *, mtp_depth: int) -> Batch:
+    masks = (rows.get("tokens_segment_ids"), rows.get("tokens_positions"))
+    return make_batch(rows["tokens"], *masks, mtp_depth=mtp_depth)
 
 
 def _places(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> list[tuple[int, int, int, int]]:
@@ -158,7 +160,16 @@ def _places(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: flo
     ]
 
 
-def _windows(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> Iterator[Batch]:
+class _Window(NamedTuple):
+    """One row of held-out text: 1 where tokens are real, 1 where their labels are scored, the bytes of these."""
+
+    tokens: Int[np.ndarray, "T_plus_1"]
+    segment_ids: Int[np.ndarray, "T_plus_1"]
+    is_scored: Float[np.ndarray, "T"]
+    num_bytes: np.ndarray
+
+
+def _windows(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> Iterator[_Window]:
     places = _places(tokenizer, shards, seq_len, overlap)
     sizes = tokenizer.bytes_per_token
     for place in np.random.default_rng(0).permutation(len(places)):
@@ -168,7 +179,6 @@ def _windows(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: fl
         padded = np.full(seq_len + 1, tokenizer.pad_id, np.int32)
         padded[: stop - start] = document[start:stop]
         segments = (np.arange(seq_len + 1) < stop - start).astype(np.int32)
-        row = {name: value[0] for name, value in pack.as_batch(padded[None], segments[None]).items()}
         label = np.arange(start + 1, start + seq_len + 1)
-        row["loss_mask"] = ((label >= first) & (label < stop)).astype(np.int32)
-        yield {**row, "num_bytes": np.asarray(sizes[document[first:stop]].sum(), np.int32)}
+        is_scored = ((label >= first) & (label < stop)).astype(np.float32)
+        yield _Window(padded, segments, is_scored, np.asarray(sizes[document[first:stop]].sum(), np.int32))

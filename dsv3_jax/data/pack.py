@@ -31,34 +31,6 @@ def cut_document(tokens: Int[np.ndarray, "N"], seq_len: int) -> list[Int[np.ndar
     return [tokens[start : start + seq_len + 1] for start in range(0, max(1, len(tokens) - 1), seq_len)]
 
 
-def as_batch(
-    tokens: Int[np.ndarray, "B T_plus_1"],
-    segment_ids: Int[np.ndarray, "B T_plus_1"] | None = None,
-    positions: Int[np.ndarray, "B T_plus_1"] | None = None,
-) -> dict[str, np.ndarray]:
-    """Splits rows into inputs and next-token labels: int32 [B, T] each.
-
-    `loss_mask` is 0 where the label lies in another document or in padding (segment 0). Without segments the
-    whole row is one segment at positions 0..T-1 and every label counts.
-
-    `targets[:, t]` is always the token after `tokens[:, t]`. The label of MTP depth k at t is `targets[:, t + k]`; it
-    counts where `t + k < T`, `segment_ids[:, t + k] == segment_ids[:, t]` and `loss_mask[:, t + k]`.
-    """
-    B, T = tokens.shape[0], tokens.shape[1] - 1
-    if segment_ids is None:
-        segment_ids = np.ones_like(tokens)
-    if positions is None:
-        positions = np.broadcast_to(np.arange(T + 1), (B, T + 1))
-    same = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, :-1] != 0)
-    return {
-        "tokens": tokens[:, :-1].astype(np.int32),
-        "targets": tokens[:, 1:].astype(np.int32),
-        "loss_mask": same.astype(np.int32),
-        "segment_ids": segment_ids[:, :-1].astype(np.int32),
-        "positions": positions[:, :-1].astype(np.int32),
-    }
-
-
 def heldout_windows(num_tokens: int, seq_len: int, overlap: float) -> list[tuple[int, int, int]]:
     """Covers a document of `num_tokens` by windows (start, first, stop): feeds start..stop-2, scores first..stop-1.
 

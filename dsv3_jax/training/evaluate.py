@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from dsv3_jax.config.run import RunConfig
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.transformer import hidden_states
 from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.training.loss import next_token_loss
@@ -24,50 +25,48 @@ class Evaluation(NamedTuple):
     num_bytes: int
 
 
-SumLoss = Callable[[Variables, Mapping[str, np.ndarray]], Float[Array, ""]]
+SumLoss = Callable[[Variables, Batch], Float[Array, ""]]
 
 
 def make_evaluator(cfg: RunConfig) -> SumLoss:
-    """Compiles Σ -log p(target) over the positions of a batch whose `loss_mask` is set; no MTP."""
+    """Compiles Σ -log p(label) · weight over the positions of a batch; no MTP."""
 
     @jax.jit
-    def sum_loss(variables: Variables, batch: Mapping[str, Array]) -> Float[Array, ""]:
+    def sum_loss(variables: Variables, batch: Batch) -> Float[Array, ""]:
         states = hidden_states(
             cfg.model,
             variables,
-            batch["tokens"],
-            batch["positions"],
-            batch["segment_ids"],
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
             policy=get_policy(cfg.precision),
             with_mtp=False,
         )
-        weights = batch["loss_mask"].astype(np.float32)
         head = variables["params"]["unembed"]["w"]
-        return next_token_loss(states.hidden, head, batch["targets"], weights, chunk_size=cfg.train.loss_chunk_size)
+        return next_token_loss(
+            states.hidden, head, batch.labels[0], batch.weights[0], chunk_size=cfg.train.loss_chunk_size
+        )
 
     return sum_loss
 
 
-def evaluate(sum_loss: SumLoss, variables: Variables, batches: Iterable[Mapping[str, np.ndarray]]) -> Evaluation | None:
+def evaluate(sum_loss: SumLoss, variables: Variables, batches: Iterable[Batch]) -> Evaluation | None:
     """Loss over all of `batches` (`data.loader.heldout_batches`); `num_bytes` is what their scored tokens stand for.
 
     None when they score no token, or no byte: no number would be true then.
     """
     total, num_tokens, num_bytes = 0.0, 0, 0
     for batch in batches:
-        total += float(sum_loss(variables, _inputs(batch)))
-        num_tokens += int(np.count_nonzero(batch["loss_mask"]))
-        num_bytes += int(batch["num_bytes"].sum())
+        assert batch.num_bytes is not None
+        total += float(sum_loss(variables, batch._replace(num_bytes=None)))
+        num_tokens += int(np.count_nonzero(batch.weights))
+        num_bytes += int(batch.num_bytes.sum())
     if not num_tokens or not num_bytes:
         return None
     return Evaluation(total / num_tokens, total / math.log(2.0) / num_bytes, num_tokens, num_bytes)
 
 
-def warm_up(sum_loss: SumLoss, variables: Variables, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
+def warm_up(sum_loss: SumLoss, variables: Variables, batches: Iterator[Batch]) -> None:
     """Compiles `sum_loss` by scoring the first of `batches`."""
     for batch in itertools.islice(batches, 1):
-        sum_loss(variables, _inputs(batch)).block_until_ready()
-
-
-def _inputs(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: value for name, value in batch.items() if name != "num_bytes"}
+        sum_loss(variables, batch._replace(num_bytes=None)).block_until_ready()

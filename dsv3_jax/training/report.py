@@ -13,7 +13,8 @@ import rich.table
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.data.baselines import compressor_baselines
-from dsv3_jax.data.loader import Batch, heldout_batches, num_heldout_batches
+from dsv3_jax.data.batch import Batch
+from dsv3_jax.data.loader import heldout_batches, num_heldout_batches
 from dsv3_jax.interop.save import save_pretrained
 from dsv3_jax.interrupt import StopRequest
 from dsv3_jax.training.evaluate import Evaluation, SumLoss, evaluate

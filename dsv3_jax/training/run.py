@@ -17,6 +17,7 @@ from dsv3_jax.config.load import Difference, diff, to_dict
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.stored import complete
+from dsv3_jax.data.batch import Batch, stack
 from dsv3_jax.data.build_folder import PreparedData, prepare
 from dsv3_jax.data.loader import make_train_iterator
 from dsv3_jax.interop.hf_config import to_hf
@@ -26,7 +27,6 @@ from dsv3_jax.training.ema import HostEMA
 from dsv3_jax.training.metrics import Progress
 from dsv3_jax.training.replace import replace_file
 from dsv3_jax.training.state import TrainState, abstract_state, init_state
-from dsv3_jax.training.targets import MicroBatch, make_micro_batch
 
 CONFIG_NAME = "config.json"
 
@@ -58,11 +58,9 @@ class Run:
     data_state: Any
     """Where `batches` was after the last finished step; batches read since then are not part of what `save` saves."""
 
-    def next_batches(self, num: int) -> list[MicroBatch]:
-        """The next micro-batches; the iterator's state moves with them."""
-        mask = self.cfg.data.document_mask
-        depth = self.cfg.model.mtp_depth
-        return [make_micro_batch(next(self.batches), mtp_depth=depth, document_mask=mask) for _ in range(num)]
+    def next_batches(self, num: int) -> Batch:
+        """The next `num` micro-batches, stacked on a leading axis; the iterator's state moves with them."""
+        return stack([next(self.batches) for _ in range(num)])
 
     def advance(self, state: TrainState, progress: Progress) -> None:
         """Records a finished step on the batches read so far."""
@@ -105,6 +103,7 @@ def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] 
             data.train,
             batch_size=cfg.train.batch.micro,
             seq_len=cfg.train.seq_len,
+            mtp_depth=cfg.model.mtp_depth,
             seed=cfg.seed,
         )
         run = _restored(cfg, run_dir, data, batches, checkpoints, found, say)

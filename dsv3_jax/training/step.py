@@ -1,11 +1,11 @@
 """One optimizer step: loss, gradients over micro-batches, update, router bias.
 
 A step over n micro-batches is exactly a step over their concatenation: every sum is divided by the count of the whole
-batch, known beforehand (`targets.label_counts`), and the router's bias moves once, on the load of the whole batch.
+batch, known beforehand (`label_counts`), and the router's bias moves once, on the load of the whole batch.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,13 +15,13 @@ import numpy as np
 import optax
 
 from dsv3_jax.config.run import RunConfig
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.moe.router import update_bias
 from dsv3_jax.model.transformer import Hidden, hidden_states
 from dsv3_jax.precision.policy import Policy, get_policy
 from dsv3_jax.training.loss import next_token_loss
 from dsv3_jax.training.optimizer import apply_update, make_optimizer
 from dsv3_jax.training.state import TrainState
-from dsv3_jax.training.targets import MicroBatch, label_counts
 from dsv3_jax.typing import Array, Bool, Float, Int, Params
 
 
@@ -58,7 +58,7 @@ class StepReport(NamedTuple):
 def batch_loss(
     params: Params,
     router_state: Params,
-    batch: MicroBatch,
+    batch: Batch,
     counts: Float[Array, "d"],
     share: Float[Array, ""],
     mtp_weight: Float[Array, ""],
@@ -109,7 +109,7 @@ def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> "Step":
     optimizer = make_optimizer(cfg.train.optimizer, cfg.model, moment_dtype=cfg.moment_dtype)
     value_and_grad = jax.value_and_grad(partial(loss, cfg=cfg), has_aux=True)
 
-    def gradients(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
+    def gradients(state: TrainState, batch: Batch, counts: Array, share: Array, rates: Rates) -> Any:
         (value, parts), grads = value_and_grad(state.params, state.router_state, batch, counts, share, rates.mtp_weight)
         return value, parts, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
@@ -131,13 +131,13 @@ def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> "Step":
         report = StepReport(value, parts, grad_norm, biases.min(axis=1), biases.max(axis=1), is_finite)
         return new, report
 
-    def fused(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
+    def fused(state: TrainState, batch: Batch, counts: Array, share: Array, rates: Rates) -> Any:
         return update(state, gradients(state, batch, counts, share, rates), rates)
 
-    def accumulate(summed: Any, state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
+    def accumulate(summed: Any, state: TrainState, batch: Batch, counts: Array, share: Array, rates: Rates) -> Any:
         return jax.tree.map(jnp.add, summed, gradients(state, batch, counts, share, rates))
 
-    def zeros(state: TrainState, batch: MicroBatch, counts: Array, share: Array, rates: Rates) -> Any:
+    def zeros(state: TrainState, batch: Batch, counts: Array, share: Array, rates: Rates) -> Any:
         shapes = jax.eval_shape(gradients, state, batch, counts, share, rates)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
@@ -154,20 +154,22 @@ class Step:
     _accumulate: Any
     _update: Any
 
-    def __call__(self, state: TrainState, batches: Sequence[MicroBatch], rates: Rates) -> tuple[TrainState, StepReport]:
-        """The state after one step, and its report; `state` is consumed."""
+    def __call__(self, state: TrainState, batches: Batch, rates: Rates) -> tuple[TrainState, StepReport]:
+        """The state after one step on stacked micro-batches, and its report; `state` is consumed."""
         counts, share = _denominators(batches)
-        if len(batches) == 1:
-            return self._fused(state, batches[0], counts, share, rates)
-        summed = self._zeros(state, batches[0], counts, share, rates)
-        for batch in batches:
+        first, *others = _unstacked(batches)
+        if not others:
+            return self._fused(state, first, counts, share, rates)
+        summed = self._zeros(state, first, counts, share, rates)
+        for batch in (first, *others):
             summed = self._accumulate(summed, state, batch, counts, share, rates)
         return self._update(state, summed, rates)
 
-    def compile(self, state: TrainState, batches: Sequence[MicroBatch], rates: Rates) -> None:
+    def compile(self, state: TrainState, batches: Batch, rates: Rates) -> None:
         """Compiles what a call with these arguments needs, and consumes nothing; the call then finds it."""
-        arguments = (state, batches[0], *_denominators(batches), rates)
-        if len(batches) == 1:
+        first, *others = _unstacked(batches)
+        arguments = (state, first, *_denominators(batches), rates)
+        if not others:
             self._fused.lower(*arguments).compile()
             return
         summed = self._zeros(*arguments)
@@ -175,9 +177,18 @@ class Step:
         self._update.lower(state, summed, rates).compile()
 
 
-def _denominators(batches: Sequence[MicroBatch]) -> tuple[Float[np.ndarray, "d"], np.float32]:
+def _denominators(batches: Batch) -> tuple[Float[np.ndarray, "d"], np.float32]:
     """Labels of each depth in the whole batch, and each micro-batch's share of its sequences."""
-    return label_counts(batches), np.float32(1 / len(batches))
+    return label_counts(batches), np.float32(1 / len(batches.tokens))
+
+
+def label_counts(batches: Batch) -> Float[np.ndarray, "d"]:
+    """Labels of each depth in all micro-batches, at least 1: what the sums of losses are divided by."""
+    return np.maximum(np.count_nonzero(batches.weights, axis=(0, 2, 3)), 1).astype(np.float32)
+
+
+def _unstacked(batches: Batch) -> list[Batch]:
+    return [jax.tree.map(lambda array, i=i: array[i], batches) for i in range(len(batches.tokens))]
 
 
 def _load(cfg: RunConfig, states: Hidden) -> Int[Array, "l E"]:

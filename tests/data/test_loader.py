@@ -16,14 +16,21 @@ from dsv3_jax.data.rows import JoinedRows
 MASKS = pytest.mark.parametrize("document_mask", [False, True])
 
 
-def _iterator(cfg, prepared, *, batch_size=3, seq_len=32, seed=7, **settings):
+def _iterator(cfg, prepared, *, batch_size=3, seq_len=32, mtp_depth=1, seed=7, **settings):
     return loader.make_train_iterator(
-        cfg, prepared.tokenizer, prepared.train, batch_size=batch_size, seq_len=seq_len, seed=seed, **settings
+        cfg,
+        prepared.tokenizer,
+        prepared.train,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        mtp_depth=mtp_depth,
+        seed=seed,
+        **settings,
     )
 
 
 def _same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @MASKS
@@ -84,13 +91,11 @@ def test_without_masks_a_batch_is_a_cut_of_the_joined_documents(cfg, prepared):
     found = [next(batches) for _ in range(3)]
     batches.close()
     expected = pack.join_and_cut(documents, 32)[:12]
-    np.testing.assert_array_equal(np.concatenate([batch["tokens"] for batch in found]), expected[:, :-1])
-    np.testing.assert_array_equal(np.concatenate([batch["targets"] for batch in found]), expected[:, 1:])
+    np.testing.assert_array_equal(np.concatenate([batch.tokens for batch in found]), expected[:, :-1])
+    np.testing.assert_array_equal(np.concatenate([batch.labels[0] for batch in found]), expected[:, 1:])
     for batch in found:
-        assert all(value.dtype == np.int32 and value.shape == (4, 32) for value in batch.values())
-        assert (batch["loss_mask"] == 1).all()
-        assert (batch["segment_ids"] == 1).all()
-        np.testing.assert_array_equal(batch["positions"], np.tile(np.arange(32), (4, 1)))
+        assert (batch.weights[0] == 1).all()
+        assert batch.segment_ids is batch.positions is batch.num_bytes is None
 
 
 def test_masked_rows_hold_whole_documents_apart(cfg, prepared):
@@ -98,18 +103,18 @@ def test_masked_rows_hold_whole_documents_apart(cfg, prepared):
     batches = _iterator(cfg, prepared, batch_size=8, seq_len=256)
     for _ in range(5):
         batch = next(batches)
-        segments, tokens = batch["segment_ids"], batch["tokens"]
+        segments, tokens = batch.segment_ids, batch.tokens
         starts = np.diff(segments, axis=1, prepend=0) != 0
         real = segments > 0
-        assert (batch["positions"][starts & real] == 0).all()
-        steps = np.diff(batch["positions"], axis=1)
+        assert (batch.positions[starts & real] == 0).all()
+        steps = np.diff(batch.positions, axis=1)
         assert (steps[(segments[:, 1:] == segments[:, :-1]) & real[:, 1:]] == 1).all()
-        assert (batch["loss_mask"][~real] == 0).all()
+        assert (batch.weights[0][~real] == 0).all()
         assert (tokens[~real] == prepared.tokenizer.pad_id).all()
         ends = real[:, :-1] & (segments[:, :-1] != segments[:, 1:])
-        assert (batch["loss_mask"][:, :-1][ends] == 0).all()
-        assert not (tokens == prepared.tokenizer.eos_id)[batch["loss_mask"] == 1].any()
-        assert batch["loss_mask"].mean() > 0.6
+        assert (batch.weights[0][:, :-1][ends] == 0).all()
+        assert not (tokens == prepared.tokenizer.eos_id)[batch.weights[0] == 1].any()
+        assert batch.weights[0].mean() > 0.6
     batches.close()
 
 
@@ -137,7 +142,7 @@ def _epochs(cfg, prepared, num_epochs, **settings):
     wanted = num_epochs * len(range(settings.get("process_index", 0), size, count))
     stream: list[int] = []
     while stream.count(tokenizer.eos_id) < wanted:
-        stream.extend(next(batches)["tokens"][0].tolist())
+        stream.extend(next(batches).tokens[0].tolist())
     batches.close()
     tokens = np.array(stream)
     ends = np.flatnonzero(tokens == tokenizer.eos_id)[:wanted] + 1
@@ -185,7 +190,7 @@ def test_a_single_document_feeds_an_endless_stream(model, tmp_path, document_mas
     cfg = DataConfig(paths=(str(tmp_path / "book.txt"),), document_mask=document_mask, shuffle_rows=4)
     found = prepare(cfg, model, tmp_path / "run", say=lambda line: None)
     batches = _iterator(cfg, found, batch_size=4, seq_len=100)
-    assert sum(next(batches)["loss_mask"].mean() for _ in range(50)) > 25
+    assert sum(next(batches).weights[0].mean() for _ in range(50)) > 25
     batches.close()
 
 
@@ -213,7 +218,7 @@ def test_the_rate_is_the_share_of_line_breaks_that_are_split(model, tmp_path):
 def test_rows_are_shuffled_within_windows_of_the_configured_size(cfg, prepared):
     def first_rows(shuffle_rows):
         batches = _iterator(dataclasses.replace(cfg, shuffle_rows=shuffle_rows), prepared, batch_size=8)
-        rows = [row for _ in range(8) for row in next(batches)["tokens"].tolist()]
+        rows = [row for _ in range(8) for row in next(batches).tokens.tolist()]
         batches.close()
         return rows
 
@@ -234,10 +239,10 @@ def test_heldout_pays_for_every_byte_and_every_end_once(prepared, seq_len, overl
     for batch in loader.heldout_batches(
         prepared.tokenizer, prepared.heldout, batch_size=4, seq_len=seq_len, overlap=overlap
     ):
-        assert all(value.shape[0] == 4 for value in batch.values())
-        labels.append(batch["targets"][batch["loss_mask"] == 1])
-        num_bytes += int(batch["num_bytes"].sum())
-        assert (batch["segment_ids"][batch["loss_mask"] == 1] == 1).all()
+        assert batch.tokens.shape == batch.weights.shape[1:] == (4, seq_len)
+        labels.append(batch.labels[batch.weights == 1])
+        num_bytes += int(batch.num_bytes.sum())
+        assert (batch.segment_ids[batch.weights[0] == 1] == 1).all()
     texts = list(prepared.heldout_texts())
     assert num_bytes == sum(map(len, texts)) == prepared.counts["heldout"]["bytes"]
     tokenizer = prepared.tokenizer
@@ -251,14 +256,14 @@ def test_without_bos_texts_begin_with_their_first_token(cfg, prepared, tmp_path)
     without = tokenizer.load(file, bos_id=None)
     assert without.prompt("def") == prepared.tokenizer.prompt("def")[1:] == without.encode("def").tolist()
     labels = [
-        batch["targets"][batch["loss_mask"] == 1]
+        batch.labels[batch.weights == 1]
         for batch in loader.heldout_batches(without, prepared.heldout, batch_size=4, seq_len=32, overlap=0.5)
     ]
     expected = [[*prepared.heldout[i].astype(int)[1:], without.eos_id] for i in range(len(prepared.heldout))]
     assert sorted(np.concatenate(labels).tolist()) == sorted(i for ids in expected for i in ids)
     cfg = dataclasses.replace(cfg, fim_rate=0.0, token_split_rate=0.0, shuffle_rows=1)
     batches = _iterator(cfg, dataclasses.replace(prepared, tokenizer=without), batch_size=1, seq_len=40)
-    assert prepared.tokenizer.bos_id not in next(batches)["tokens"]
+    assert prepared.tokenizer.bos_id not in next(batches).tokens
     batches.close()
 
 
@@ -271,8 +276,9 @@ def test_heldout_is_shared_out_in_equal_numbers_of_batches(prepared):
     parts = [batches(batch_size=2, process_index=i, process_count=3) for i in range(3)]
     assert [len(part) for part in parts] == [len(whole)] * 3
     for number, batch in enumerate(whole):
-        for name, value in batch.items():
-            np.testing.assert_array_equal(np.concatenate([part[number][name] for part in parts]), value)
+        for name, value in batch._asdict().items():
+            found = [getattr(part[number], name) for part in parts]
+            np.testing.assert_array_equal(np.concatenate(found, axis=-1 if name == "num_bytes" else -2), value)
     assert len(batches(batch_size=6, max_batches=2)) == 2
 
 

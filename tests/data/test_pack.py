@@ -32,41 +32,6 @@ def test_pieces_of_a_document_hold_each_label_once(size, seq_len):
     np.testing.assert_array_equal(np.concatenate([piece[:-1] for piece in pieces]), document[:-1])
 
 
-def test_document_mask_stops_labels_at_joints_and_padding():
-    tokens = np.array([[5, 6, 7, 8, 9, 0]])
-    segments = np.array([[1, 1, 1, 2, 2, 0]])
-    positions = np.array([[0, 1, 2, 0, 1, 0]])
-    batch = pack.as_batch(tokens, segments, positions)
-    np.testing.assert_array_equal(batch["tokens"], [[5, 6, 7, 8, 9]])
-    np.testing.assert_array_equal(batch["targets"], [[6, 7, 8, 9, 0]])
-    np.testing.assert_array_equal(batch["loss_mask"], [[1, 1, 0, 1, 0]])
-    np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 2, 2]])
-    np.testing.assert_array_equal(batch["positions"], [[0, 1, 2, 0, 1]])
-
-
-def test_without_segments_labels_run_over_joints():
-    batch = pack.as_batch(np.array([[5, 1, 0, 8]]))
-    np.testing.assert_array_equal(batch["loss_mask"], [[1, 1, 1]])
-    np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1]])
-    np.testing.assert_array_equal(batch["positions"], [[0, 1, 2]])
-    assert all(value.dtype == np.int32 for value in batch.values())
-
-
-def test_mtp_labels_by_the_documented_rule_never_cross_documents():
-    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 0]])
-    tokens = segments * 100 + np.arange(10)
-    batch = pack.as_batch(tokens, segments)
-    T = batch["tokens"].shape[1]
-    for k in (1, 2, 3):
-        here, there = slice(0, T - k), slice(k, T)
-        same = batch["segment_ids"][:, here] == batch["segment_ids"][:, there]
-        valid = same & (batch["loss_mask"][:, there] == 1)
-        labels = batch["targets"][:, there]
-        np.testing.assert_array_equal((labels // 100)[valid], (batch["tokens"][:, here] // 100)[valid])
-        expected = [t + 1 + k < 10 and segments[0, t] == segments[0, t + 1 + k] != 0 for t in range(T - k)]
-        np.testing.assert_array_equal(valid[0], expected)
-
-
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 300), st.integers(1, 60), st.floats(0, 0.99))
 def test_heldout_windows_score_each_token_once_with_context(size, seq_len, overlap):

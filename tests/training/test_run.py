@@ -81,7 +81,7 @@ def test_the_stored_run_of_version_0_1_resumes_and_exports(
         step, losses = make_step(stored), []
         for _ in range(2):
             batches = run.next_batches(num_micro_batches(run.progress.tokens, stored.train.batch))
-            tokens = run.progress.tokens + sum(batch.tokens.size for batch in batches)
+            tokens = run.progress.tokens + batches.tokens.size
             state, report = step(run.state, batches, rates_at(tokens, stored.train))
             run.advance(state, Progress(run.progress.step + 1, tokens))
             losses.append(float(report.loss))

@@ -11,11 +11,10 @@ import pytest
 import dsv3_jax as ds
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.train import OptimizerConfig
-from dsv3_jax.data.pack import as_batch
+from dsv3_jax.data.batch import Batch, make_batch, stack
 from dsv3_jax.training.optimizer import decay_mask, make_optimizer
 from dsv3_jax.training.state import TrainState, abstract_state
-from dsv3_jax.training.step import Parts, Rates, batch_loss, make_step
-from dsv3_jax.training.targets import MicroBatch, label_counts, make_micro_batch
+from dsv3_jax.training.step import Parts, Rates, batch_loss, label_counts, make_step
 from tests.small import make_variables
 
 step_of = functools.cache(make_step)
@@ -28,10 +27,9 @@ def rows(cfg: RunConfig, seed: int, num: int = 4) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, cfg.model.vocab_size, (num, cfg.train.seq_len + 1))
 
 
-def batch_of(cfg: RunConfig, tokens: np.ndarray, segments: np.ndarray | None = None) -> MicroBatch:
+def batch_of(cfg: RunConfig, tokens: np.ndarray, segments: np.ndarray | None = None) -> Batch:
     positions = None if segments is None else _positions(segments)
-    made = as_batch(tokens, segments, positions)
-    return make_micro_batch(made, mtp_depth=cfg.model.mtp_depth, document_mask=segments is not None)
+    return make_batch(tokens, segments, positions, mtp_depth=cfg.model.mtp_depth)
 
 
 def with_depth(cfg: RunConfig, mtp_depth: int) -> RunConfig:
@@ -73,34 +71,13 @@ def fresh_state(cfg: RunConfig) -> TrainState:
     return zeros._replace(params=params)
 
 
-def test_labels_of_a_depth_never_cross_a_document_or_the_row(small):
-    segments = np.array([[1] * 5 + [2] * 6 + [0] * 2], np.int32)
-    tokens = rows(small, 0, 1)
-    batch = batch_of(with_depth(small, 2), tokens, segments)
-    T = small.train.seq_len
-    for k in range(3):
-        for t in range(T):
-            inside = t + 1 + k <= T and segments[0, t] != 0 and segments[0, t] == segments[0, t + 1 + k]
-            assert batch.weights[k, 0, t] == inside, (k, t)
-            if inside:
-                assert batch.labels[k, 0, t] == tokens[0, t + 1 + k]
-
-
-def test_without_masks_every_label_in_the_row_counts(small):
-    batch = batch_of(small, rows(small, 1))
-    T = small.train.seq_len
-    assert batch.weights[0].sum() == 4 * T
-    assert batch.weights[1].sum() == 4 * (T - 1)
-    assert batch.segment_ids is None
-
-
 def test_loss_equals_the_formula_over_full_logits(small):
     """L_main + λ/D Σ L_k + α Σ L_balance at D = 2, with packing, against log-softmax of `forward`."""
     small = with_depth(small, 2)
     tokens, segments = rows(small, 2), packed(small, 2)
     batch = jax.tree.map(jnp.asarray, batch_of(small, tokens, segments))
     variables = make_variables(small.model)
-    counts = label_counts([jax.tree.map(np.asarray, batch)])
+    counts = label_counts(stack([batch]))
     loss, parts = jax.jit(functools.partial(batch_loss, cfg=small))(
         *(variables["params"], variables["router_state"], batch, counts), jnp.float32(1), jnp.float32(0.3)
     )
@@ -128,10 +105,10 @@ def test_accumulation_equals_one_big_batch_when_label_counts_differ(small):
     tokens, segments = rows(small, 3, 6), packed(small, 3, 6)
     one = [batch_of(small, tokens, segments)]
     three = [batch_of(small, tokens[i : i + 2], segments[i : i + 2]) for i in (0, 2, 4)]
-    assert len({float(label_counts([batch])[0]) for batch in three}) > 1
+    assert len({float(label_counts(stack([batch]))[0]) for batch in three}) > 1
     step = step_of(small)
-    big, big_report = step(fresh_state(small), one, RATES)
-    summed, report = step(fresh_state(small), three, RATES)
+    big, big_report = step(fresh_state(small), stack(one), RATES)
+    summed, report = step(fresh_state(small), stack(three), RATES)
     assert float(report.loss) == pytest.approx(float(big_report.loss), rel=1e-5)
     assert float(report.grad_norm) == pytest.approx(float(big_report.grad_norm), rel=1e-4)
     np.testing.assert_array_equal(report.parts.load, big_report.parts.load)
@@ -145,7 +122,7 @@ def test_accumulation_equals_one_big_batch_when_label_counts_differ(small):
 def test_biases_of_all_routers_move_against_the_load_of_the_whole_batch(small):
     whole = np.ones((2, small.train.seq_len + 1), np.int32)
     batches = [batch_of(small, rows(small, seed, 2), whole) for seed in (4, 5)]
-    state, report = step_of(small)(fresh_state(small), batches, RATES)
+    state, report = step_of(small)(fresh_state(small), stack(batches), RATES)
     load = np.asarray(report.parts.load, np.float32)
     expected = 0.01 * np.sign(load.mean(axis=1, keepdims=True) - load)
     main = state.router_state["moe_layers"]["moe"]["router"]["bias"]
@@ -194,7 +171,7 @@ def test_moments_are_kept_in_the_configured_dtype(small):
     state = fresh_state(cfg)
     batch = batch_of(cfg, rows(cfg, 6))
     before = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state)]
-    state, report = make_step(cfg, simple_loss)(state, [batch], RATES)
+    state, report = make_step(cfg, simple_loss)(state, stack([batch]), RATES)
     after = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state)]
     assert before == after
     assert set(map(str, after)) == {"int32", "bfloat16"}
@@ -205,7 +182,7 @@ def test_moments_are_kept_in_the_configured_dtype(small):
 def test_every_precision_learns(small, precision: str):
     model = dataclasses.replace(small.model, num_layers=1, num_dense_layers=0, mtp_depth=0)
     cfg = dataclasses.replace(small, model=model, precision=precision)
-    step, state, batch = make_step(cfg), fresh_state(cfg), [batch_of(cfg, rows(cfg, 7))]
+    step, state, batch = make_step(cfg), fresh_state(cfg), stack([batch_of(cfg, rows(cfg, 7))])
     losses = []
     for _ in range(8):
         state, report = step(state, batch, RATES)
@@ -229,7 +206,7 @@ def nan_gradient(params, *arguments, cfg):
 def test_a_step_that_is_not_finite_changes_nothing(small, loss, is_loss_finite: bool, num_micro: int):
     state = fresh_state(small)
     before = jax.tree.map(np.array, state)
-    after, report = make_step(small, loss)(state, [batch_of(small, rows(small, 8))] * num_micro, RATES)
+    after, report = make_step(small, loss)(state, stack([batch_of(small, rows(small, 8))] * num_micro), RATES)
     assert bool(jnp.isfinite(report.loss)) == is_loss_finite
     assert not bool(report.is_finite)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
@@ -238,7 +215,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small, loss, is_loss_finite: 
 
 def test_a_model_without_experts_or_mtp_trains(small):
     cfg = dataclasses.replace(small, model=dataclasses.replace(small.model, mtp_depth=0, num_dense_layers=2))
-    state, report = make_step(cfg)(fresh_state(cfg), [batch_of(cfg, rows(cfg, 9))], RATES)
+    state, report = make_step(cfg)(fresh_state(cfg), stack([batch_of(cfg, rows(cfg, 9))]), RATES)
     assert state.router_state == {}
     assert bool(report.is_finite)
     assert report.parts.load.shape[0] == 0
@@ -248,7 +225,7 @@ def test_a_model_without_bias_and_with_two_mtp_modules_trains(small):
     moe = dataclasses.replace(small.model.moe, has_bias=False, num_groups=1, groups_per_token=1)
     model = dataclasses.replace(small.model, num_dense_layers=0, num_layers=1, moe=moe, mtp_depth=2)
     cfg = dataclasses.replace(small, model=model)
-    _, report = make_step(cfg)(fresh_state(cfg), [batch_of(cfg, rows(cfg, 9))], RATES)
+    _, report = make_step(cfg)(fresh_state(cfg), stack([batch_of(cfg, rows(cfg, 9))]), RATES)
     assert bool(report.is_finite)
     assert report.parts.mtp.shape == (2,)
     assert report.parts.load.shape[0] == 3
