@@ -9,6 +9,7 @@ from dsv3_jax.config.check import ConfigError
 from dsv3_jax.precision.policy import BFLOAT16
 from dsv3_jax.serving import generate as module
 from dsv3_jax.serving.generate import bucket, generate
+from dsv3_jax.serving.request import checked_prompts, checked_sampling, checked_stop_ids
 
 
 def prompts_of(cfg, lengths, seed: int = 0) -> list[list[int]]:
@@ -75,7 +76,49 @@ def test_seeds_are_reproducible_and_differ(base) -> None:
     drawn = [generate(cfg, variables, prompts, 12, temperature=1.5, seed=seed) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
-    assert len({tuple(row) for row in generate(cfg, variables, [prompts[0]] * 3, 12, temperature=1.5)}) == 3
+    one = [prompts[0]] * 3
+    assert len({tuple(row) for row in generate(cfg, variables, one, 12, temperature=1.5, seed=range(3))}) == 3
+    assert len({tuple(row) for row in generate(cfg, variables, one, 12, temperature=1.5, seed=7)}) == 1
+
+
+def test_a_sequence_is_sampled_the_same_in_any_batch(base) -> None:
+    """Each with parameters of its own: in another row, beside others, alone, and with more padding."""
+    cfg, variables = base
+    prompts = np.array(prompts_of(cfg, (4, 6, 5), 9), object)
+    how = {"temperature": [0.9, 0.0, 1.4], "top_k": [0, 3, 20], "top_p": [1.0, 0.5, 0.9], "seed": [11, 12, 2**32 - 1]}
+    how = {name: np.array(column) for name, column in how.items()}
+
+    def complete(rows, longest=()):
+        given = {name: [*column[rows].tolist(), *column[: len(longest)].tolist()] for name, column in how.items()}
+        return generate(cfg, variables, [*prompts[rows], *longest], 9, **given)
+
+    together = complete([0, 1, 2])
+    for rows in ([2, 0, 1], [1, 1, 0], [0]):
+        np.testing.assert_array_equal(complete(rows), together[rows])
+    np.testing.assert_array_equal(complete([0, 2], prompts_of(cfg, (20,)))[:2], together[[0, 2]])
+    np.testing.assert_array_equal(together[1], generate(cfg, variables, list(prompts), 9)[1])
+    assert (together != generate(cfg, variables, list(prompts), 9)).any(axis=1).tolist() == [True, False, True]
+
+
+def test_logprobs_are_those_of_the_uncached_forward(base, uncached_logits) -> None:
+    """Whatever temperature and cuts; 0 behind the end."""
+    cfg, variables = base
+    prompts = prompts_of(cfg, (4, 6, 5), 7)
+    how = {"temperature": [0.0, 1.3, 0.6], "top_k": [0, 9, 0], "top_p": [1.0, 1.0, 0.9], "seed": 3}
+    free = generate(cfg, variables, prompts, 12, **how)
+    stop = int(free[1, 3])
+    ids, logprobs = generate(cfg, variables, prompts, 12, eos_id=stop, return_logprobs=True, **how)
+    assert logprobs.dtype == np.float32
+    logits = uncached_logits(cfg, variables, [prompt + row.tolist() for prompt, row in zip(prompts, ids, strict=True)])
+    expected = np.asarray(jax.nn.log_softmax(logits))
+    for row, prompt in enumerate(prompts):
+        hits = np.flatnonzero(free[row] == stop)
+        end = hits[0] + 1 if len(hits) else 12
+        np.testing.assert_array_equal(ids[row, :end], free[row, :end])
+        places = len(prompt) - 1 + np.arange(end)
+        np.testing.assert_allclose(logprobs[row, :end], expected[row, places, ids[row, :end]], atol=1e-4)
+        np.testing.assert_array_equal(logprobs[row, end:], 0)
+    assert (logprobs[1, 4:] == 0).all()
 
 
 def test_every_token_is_drawn_with_a_key_of_its_own(base) -> None:
@@ -122,7 +165,7 @@ def test_any_of_several_ids_stops_a_sequence_which_is_filled_up_with_it(base) ->
             np.testing.assert_array_equal(out[row, : end + 1], free[row, : end + 1])
             np.testing.assert_array_equal(out[row, end:], free[row, end])
     np.testing.assert_array_equal(generate(cfg, variables, prompts, 12, eos_id=2), out)
-    sizes = {len(module._checked_stop_ids(cfg, list(range(count)))) for count in range(9)}
+    sizes = {len(checked_stop_ids(cfg, list(range(count)))) for count in range(9)}
     assert sizes == {1, 2, 4, 8}
 
 
@@ -175,7 +218,9 @@ BAD = {
     "no temperature": ([[3]], {"temperature": float("nan")}, "temperature=nan must be at least 0"),
     "top_p of zero": ([[3]], {"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
     "top_p above one": ([[3]], {"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
-    "negative top_k": ([[3]], {"top_k": -2}, "top_k=-2 is negative; use 0 to keep every token"),
+    "negative top_k": ([[3]], {"top_k": -2}, "top_k=-2 is negative; use 0 to allow every token"),
+    "temperature of one": ([[3], [4]], {"temperature": [1, -0.5]}, r"temperature\[1\]=-0.5 must be at least 0"),
+    "seeds for others": ([[3]], {"seed": [1, 2]}, "seed has 2 entries for 1 prompts; give one number for all, or one"),
     "foreign eos": ([[3]], {"eos_id": 67}, "eos_id=67 is outside 0..66"),
     "foreign eos among others": ([[3]], {"eos_id": [1, -1]}, "eos_id=-1 is outside 0..66"),
     "long seed": ([[3]], {"seed": 2**40}, "seed=1099511627776 has more than 32 bits"),
@@ -192,7 +237,22 @@ def test_bad_input_is_refused_with_its_value_and_the_remedy(base, name: str) -> 
 
 def test_prompts_that_are_not_integers_are_refused(base) -> None:
     with pytest.raises(ConfigError, match="prompt 1 holds float64, not integers; give token ids"):
-        module._checked_prompts(base[0], [[3], [1.5, 2.0]], 1)
+        checked_prompts(base[0], [[3], [1.5, 2.0]], 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"top_k": 2.5}, "top_k=2.5 is not a whole number; give one number for all, or one for each"),
+        ({"top_p": "0.9"}, "top_p='0.9' is not a number"),
+        ({"temperature": [0.5, None]}, r"temperature\[1\]=None is not a number"),
+        ({"seed": [[1], [2]]}, r"seed\[0\]=\[1\] is not a whole number"),
+    ],
+)
+def test_sampling_parameters_that_are_no_numbers_are_refused(base, how, message) -> None:
+    every = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": np.int32(3)}
+    with pytest.raises(ConfigError, match=message):
+        checked_sampling(base[0], 2, **(every | how))
 
 
 def test_bfloat16_parameters_decide_the_policy(base, variables_of) -> None:
