@@ -7,12 +7,16 @@ if TYPE_CHECKING:
     from dsv3_jax.config.load import load_config
     from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig, YarnConfig
     from dsv3_jax.interop.pretrained import load_pretrained, save_pretrained
+    from dsv3_jax.model.flax import MLA, DeepSeekV3, MoE
     from dsv3_jax.model.params import abstract_params, init
     from dsv3_jax.model.transformer import forward
     from dsv3_jax.serving.generate import generate
 
 __all__ = [
+    "MLA",
+    "DeepSeekV3",
     "MLAConfig",
+    "MoE",
     "MoEConfig",
     "ModelConfig",
     "YarnConfig",
@@ -26,7 +30,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "DeepSeekV3": "dsv3_jax.model.flax",
+    "MLA": "dsv3_jax.model.flax",
     "MLAConfig": "dsv3_jax.config.model",
+    "MoE": "dsv3_jax.model.flax",
     "MoEConfig": "dsv3_jax.config.model",
     "ModelConfig": "dsv3_jax.config.model",
     "YarnConfig": "dsv3_jax.config.model",

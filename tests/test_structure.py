@@ -234,6 +234,15 @@ def test_files_are_finished() -> None:
     _assert_none(offenders())
 
 
+def test_only_the_parameter_tree_spells_the_path_of_a_router_bias() -> None:
+    spelt = re.compile(r"""["']router["']\W+["']bias["']""")
+    _assert_none(
+        f"{_name(path)} spells the path of a router bias; call dsv3_jax.model.params"
+        for path in LIBRARY
+        if path.name not in ("params.py", "tree.py", "flax.py") and spelt.search(path.read_text(encoding="utf-8"))
+    )
+
+
 def test_no_pickle() -> None:
     pickles = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
     _assert_none(

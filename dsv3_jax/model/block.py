@@ -3,17 +3,15 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.attention import attend_blocked
-from dsv3_jax.model.mla import MLA, Attend
-from dsv3_jax.model.mlp import MLP, mlp
-from dsv3_jax.model.moe.layer import MoE, Route, RoutedExperts, Routing, local_experts, moe
+from dsv3_jax.model.mla import Attend
+from dsv3_jax.model.mlp import mlp
+from dsv3_jax.model.moe.layer import Route, RoutedExperts, Routing, local_experts, moe
 from dsv3_jax.model.moe.router import route
-from dsv3_jax.model.norm import RMSNorm, rms_norm
+from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.precision.policy import FLOAT32, Policy
 from dsv3_jax.typing import Array, Bool, Float, Params
 
@@ -60,27 +58,3 @@ def moe_block(
 def _add_attention(params: Params, x: Array, mix: Mix, *, cfg: ModelConfig) -> tuple[Array, Any]:
     added, kept = mix(params["mla"], rms_norm(x, params["attn_norm"]["scale"], eps=cfg.norm_eps))
     return checkpoint_name(x + added, "kept"), kept
-
-
-def declare_dense_block(cfg: ModelConfig, key: jax.Array) -> dict:
-    """Fresh variables of a dense layer, boxed with their logical axes."""
-    return _declare(key, cfg, mlp=MLP(cfg.model_dim, cfg.ffn_dim, cfg.init_std))
-
-
-def declare_moe_block(cfg: ModelConfig, key: jax.Array) -> dict:
-    """Fresh variables of a mixture-of-experts layer, boxed with their logical axes."""
-    return _declare(key, cfg, moe=MoE(cfg.moe, cfg.model_dim, cfg.init_std))
-
-
-def _declare(key: jax.Array, cfg: ModelConfig, **feed_forward: nn.Module) -> dict:
-    modules = {
-        "attn_norm": RMSNorm(cfg.model_dim, cfg.norm_eps),
-        "mla": MLA(cfg),
-        "ffn_norm": RMSNorm(cfg.model_dim, cfg.norm_eps),
-        **feed_forward,
-    }
-    declared: dict = {}
-    for part_key, (name, module) in zip(jax.random.split(key, len(modules)), modules.items(), strict=True):
-        for collection, leaves in module.init(part_key, method="weights").items():
-            declared.setdefault(collection, {})[name] = leaves
-    return declared

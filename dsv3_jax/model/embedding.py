@@ -1,6 +1,5 @@
 """Token embedding and the output head; untied, and shared with multi-token prediction."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -22,35 +21,3 @@ def unembed(params: Params, hidden: Float[Array, "... D"], *, policy: Policy) ->
         (((hidden.ndim - 1,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-
-
-class Embedding(nn.Module):
-    """Declares the [V, D] table."""
-
-    vocab_size: int
-    dim: int
-    init_std: float
-
-    @nn.compact
-    def weights(self) -> dict:
-        normal = nn.with_partitioning(nn.initializers.normal(self.init_std), ("vocab", "embed"))
-        return {"w": self.param("w", normal, (self.vocab_size, self.dim), jnp.float32)}
-
-    def __call__(self, tokens: Int[Array, "B T"], *, policy: Policy) -> Float[Array, "B T D"]:
-        return embed(self.weights(), tokens, policy=policy)
-
-
-class Unembedding(nn.Module):
-    """Declares the [D, V] head."""
-
-    vocab_size: int
-    dim: int
-    init_std: float
-
-    @nn.compact
-    def weights(self) -> dict:
-        normal = nn.with_partitioning(nn.initializers.normal(self.init_std), ("embed", "vocab"))
-        return {"w": self.param("w", normal, (self.dim, self.vocab_size), jnp.float32)}
-
-    def __call__(self, hidden: Float[Array, "... D"], *, policy: Policy) -> Float[Array, "... V"]:
-        return unembed(self.weights(), hidden, policy=policy)

@@ -2,9 +2,8 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -155,39 +154,3 @@ def _project_out(params: Params, out_BTHW: Array, *, policy: Policy) -> Float[Ar
     B, T = out_BTHW.shape[:2]
     w_XD = params["out"].reshape(-1, params["out"].shape[-1])
     return policy.attention_linear(out_BTHW.reshape(B, T, -1), w_XD)
-
-
-class MLA(nn.Module):
-    """Declares the projections; W^DKV and W^KR lie side by side in `kv_down`, W^UK and W^UV in `kv_up`."""
-
-    cfg: ModelConfig
-
-    @nn.compact
-    def weights(self) -> dict:
-        mla_cfg, D = self.cfg.mla, self.cfg.model_dim
-        H, C, R = mla_cfg.num_heads, mla_cfg.kv_latent_dim, mla_cfg.rope_head_dim
-
-        def weight(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Any:
-            normal = nn.with_partitioning(nn.initializers.normal(self.cfg.init_std), axes)
-            return self.param(name, normal, shape, jnp.float32)
-
-        def norm(name: str, dim: int, axis: str) -> Any:
-            return self.param(name, nn.with_partitioning(nn.initializers.ones, (axis,)), (dim,), jnp.float32)
-
-        declared = {
-            "kv_down": weight("kv_down", (D, C + R), ("embed", None)),
-            "kv_norm": norm("kv_norm", C, "kv_latent"),
-            "kv_up": weight("kv_up", (C, H, mla_cfg.nope_head_dim + mla_cfg.v_head_dim), ("kv_latent", "heads", None)),
-            "out": weight("out", (H, mla_cfg.v_head_dim, D), ("heads", None, "embed")),
-        }
-        if mla_cfg.q_latent_dim is None:
-            return declared | {"q": weight("q", (D, H, mla_cfg.qk_head_dim), ("embed", "heads", None))}
-        Q = mla_cfg.q_latent_dim
-        return declared | {
-            "q_down": weight("q_down", (D, Q), ("embed", "q_latent")),
-            "q_norm": norm("q_norm", Q, "q_latent"),
-            "q_up": weight("q_up", (Q, H, mla_cfg.qk_head_dim), ("q_latent", "heads", None)),
-        }
-
-    def __call__(self, x, rope, segment_ids=None, *, policy: Policy, attend: Attend = attend_blocked):
-        return mla(self.weights(), x, rope, segment_ids, cfg=self.cfg, policy=policy, attend=attend)

@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.model.block import Parts, declare_moe_block, moe_block
+from dsv3_jax.model.block import Parts, moe_block
 from dsv3_jax.model.embedding import embed
 from dsv3_jax.model.mla import mla
-from dsv3_jax.model.norm import RMSNorm, rms_norm
+from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.rope import RopeTable
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Bool, Float, Int, Params
@@ -100,49 +99,3 @@ def mtp(
 def _shift(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Each row's ids one to the left, 0 at the end."""
     return jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
-
-
-class MTPJoin(nn.Module):
-    """Declares what an MTP module has besides its block: M_k and three norms."""
-
-    cfg: ModelConfig
-
-    @nn.compact
-    def weights(self) -> dict:
-        D, eps = self.cfg.model_dim, self.cfg.norm_eps
-        return {
-            "embed_norm": RMSNorm(D, eps, name="embed_norm").weights(),
-            "hidden_norm": RMSNorm(D, eps, name="hidden_norm").weights(),
-            "norm": RMSNorm(D, eps, name="norm").weights(),
-            "proj": Projection(2 * D, D, self.cfg.init_std, name="proj").weights(),
-        }
-
-    def __call__(self, embedded, hidden, *, policy: Policy) -> Float[Array, "B T D"]:
-        return join(self.weights(), embedded, hidden, cfg=self.cfg, policy=policy)
-
-
-class Projection(nn.Module):
-    """Declares one [A, Z] matrix."""
-
-    in_dim: int
-    out_dim: int
-    init_std: float
-
-    @nn.compact
-    def weights(self) -> dict:
-        normal = nn.with_partitioning(nn.initializers.normal(self.init_std), (None, "embed"))
-        return {"w": self.param("w", normal, (self.in_dim, self.out_dim), jnp.float32)}
-
-    def __call__(self, x: Float[Array, "... A"], *, policy: Policy) -> Float[Array, "... Z"]:
-        return policy.plain_linear(x, self.weights()["w"])
-
-
-def declare_mtp_module(cfg: ModelConfig, key: jax.Array) -> dict:
-    """Fresh variables of one MTP module, boxed with their logical axes."""
-    join_key, block_key = jax.random.split(key)
-    block = declare_moe_block(cfg, block_key)
-    join = MTPJoin(cfg).init(join_key, method="weights")["params"]
-    declared = {"params": {**join, "block": block["params"]}}
-    if "router_state" in block:
-        declared["router_state"] = {"block": block["router_state"]}
-    return declared

@@ -1,6 +1,5 @@
 """RMSNorm."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -13,19 +12,3 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], *, eps: float) 
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale_row = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
     return (x32 * inverse_rms * scale_row).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """Declares the scale of an RMSNorm over `dim` features, called `axis` in sharding rules."""
-
-    dim: int
-    eps: float
-    axis: str = "embed"
-
-    @nn.compact
-    def weights(self) -> dict:
-        ones = nn.with_partitioning(nn.initializers.ones, (self.axis,))
-        return {"scale": self.param("scale", ones, (self.dim,), jnp.float32)}
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return rms_norm(x, self.weights()["scale"], eps=self.eps)

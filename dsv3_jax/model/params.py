@@ -1,19 +1,15 @@
-"""The parameter tree: fresh values, or only shapes, dtypes and logical axes."""
+"""The parameter tree: fresh values, abstract shapes, and access to the biases of all routers."""
 
-from functools import partial
-from typing import NamedTuple
+import zlib
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.core
 import jax.numpy as jnp
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.model.block import declare_dense_block, declare_moe_block
-from dsv3_jax.model.embedding import Embedding, Unembedding
-from dsv3_jax.model.mtp import declare_mtp_module
-from dsv3_jax.model.norm import RMSNorm
-from dsv3_jax.typing import DType
+from dsv3_jax.model.tree import Leaf, model_tree
+from dsv3_jax.typing import Array, DType, Float, Params
 
 
 class ParamSpec(NamedTuple):
@@ -36,58 +32,57 @@ def init(cfg: ModelConfig, key: jax.Array, dtype: DType = jnp.float32) -> dict:
 
 
 def _init(key: jax.Array, *, cfg: ModelConfig, dtype: jnp.dtype) -> dict:
-    boxed = _declare_model(cfg, key)
-    values = jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=_is_box)
-    return {
-        "params": jax.tree.map(lambda leaf: leaf.astype(dtype), values["params"]),
-        "router_state": values["router_state"],
-    }
+    def draw(path: Any, leaf: Leaf) -> Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return draw_leaf(leaf, name, key, std=cfg.init_std, dtype=dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, model_tree(cfg))
 
 
 # XLA's default level compiles this five times as long (27 CPU-seconds for a tiny model), for the same running time.
 _init_jitted = jax.jit(_init, static_argnames=("cfg", "dtype"), compiler_options={"xla_backend_optimization_level": 1})
 
 
+def draw_leaf(leaf: Leaf, path: str, key: jax.Array, *, std: float, dtype: DType) -> Array:
+    """A fresh value. Its numbers depend on `key` and `path` alone, so a new leaf changes none of the others."""
+    if leaf.init == "zeros":
+        return jnp.zeros(leaf.shape, jnp.float32)
+    if leaf.init == "ones":
+        return jnp.ones(leaf.shape, dtype)
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return (std * jax.random.normal(key, leaf.shape, jnp.float32)).astype(dtype)
+
+
 def abstract_params(cfg: ModelConfig, dtype: DType = jnp.float32) -> dict:
-    """The tree of `init` with a `ParamSpec` at each leaf. Allocates nothing: a second for 671B."""
-    boxed = jax.eval_shape(partial(_declare_model, cfg), jax.random.key(0))
+    """The tree of `init` with a `ParamSpec` at each leaf. Allocates nothing: milliseconds for 671B."""
 
-    def spec(leaf: nn.Partitioned, leaf_dtype: DType) -> ParamSpec:
-        shape = leaf.value.shape
-        names = tuple(leaf.names)
-        axes = ("layers",) * (len(shape) - len(names)) + names
-        return ParamSpec(shape, jnp.dtype(leaf_dtype), axes)
+    def spec(leaf: Leaf) -> ParamSpec:
+        return ParamSpec(leaf.shape, jnp.dtype(jnp.float32 if leaf.init == "zeros" else dtype), leaf.axes)
 
-    return {
-        "params": jax.tree.map(lambda leaf: spec(leaf, dtype), boxed["params"], is_leaf=_is_box),
-        "router_state": jax.tree.map(lambda leaf: spec(leaf, jnp.float32), boxed["router_state"], is_leaf=_is_box),
-    }
+    return jax.tree.map(spec, model_tree(cfg))
 
 
-def _is_box(leaf) -> bool:
-    return isinstance(leaf, nn.Partitioned)
+def stack_bias(router_state: Params, stack: str) -> Float[Array, "L E"] | None:
+    """The router biases of "moe_layers" or of "mtp"; None without that stack, or where routing has no bias."""
+    if stack not in router_state:
+        return None
+    layers = router_state["mtp"]["block"] if stack == "mtp" else router_state[stack]
+    return layers["moe"]["router"]["bias"]
 
 
-def _declare_model(cfg: ModelConfig, key: jax.Array) -> dict:
-    names = ("embed", "dense_layers", "moe_layers", "mtp", "final_norm", "unembed")
-    keys: dict[str, jax.Array] = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-    V, D = cfg.vocab_size, cfg.model_dim
-    singles = {
-        "embed": Embedding(V, D, cfg.init_std),
-        "final_norm": RMSNorm(D, cfg.norm_eps),
-        "unembed": Unembedding(V, D, cfg.init_std),
-    }
-    stacks = {
-        "dense_layers": (declare_dense_block, cfg.num_dense_layers),
-        "moe_layers": (declare_moe_block, cfg.num_moe_layers),
-        "mtp": (declare_mtp_module, cfg.mtp_depth),
-    }
-    declared: dict = {"params": {}, "router_state": {}}
-    for name, module in singles.items():
-        declared["params"][name] = module.init(keys[name], method="weights")["params"]
-    for name, (declare, count) in stacks.items():
-        if count:
-            stack = jax.vmap(partial(declare, cfg))(jax.random.split(keys[name], count))
-            for collection, leaves in stack.items():
-                declared[collection][name] = leaves
-    return declared
+def router_biases(router_state: Params) -> Float[Array, "l E"]:
+    """The biases of all routers: main MoE layers in order, then MTP modules. No rows where routing has no bias."""
+    stacks = [bias for stack in ("moe_layers", "mtp") if (bias := stack_bias(router_state, stack)) is not None]
+    return jnp.concatenate(stacks) if stacks else jnp.zeros((0, 1), jnp.float32)
+
+
+def with_router_biases(router_state: Params, biases: Float[Array, "l E"]) -> dict:
+    """A tree like `router_state` that holds `biases`, in the order of `router_biases`."""
+    main = stack_bias(router_state, "moe_layers")
+    num_main = 0 if main is None else main.shape[0]
+    new = {}
+    if "moe_layers" in router_state:
+        new["moe_layers"] = {"moe": {"router": {"bias": biases[:num_main]}}}
+    if "mtp" in router_state:
+        new["mtp"] = {"block": {"moe": {"router": {"bias": biases[num_main:]}}}}
+    return new

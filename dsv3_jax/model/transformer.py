@@ -16,6 +16,7 @@ from dsv3_jax.model.moe.layer import Route, RoutedExperts, Routing, local_expert
 from dsv3_jax.model.moe.router import route
 from dsv3_jax.model.mtp import mtp
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.params import stack_bias
 from dsv3_jax.model.rope import rope_table
 from dsv3_jax.precision.policy import Policy, policy_of
 from dsv3_jax.typing import AnyArray, Array, Float, Int, Variables
@@ -108,7 +109,7 @@ def hidden_states(
     (report section 3.2.3) and attention, "full" whole layers. `keep` says what of each layer's latents is returned
     in `kept`.
     """
-    params = variables["params"]
+    params, router_state = variables["params"], variables.get("router_state", {})
     tokens = jnp.asarray(tokens)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     parts = Parts(policy or _policy_of(variables), attend, route, experts)
@@ -135,7 +136,7 @@ def hidden_states(
     if cfg.num_dense_layers:
         x, kept_dense = jax.lax.scan(rematerialised(dense_step, remat), x, params["dense_layers"])
     if cfg.num_moe_layers:
-        stack = (params["moe_layers"], layer_biases(variables))
+        stack = (params["moe_layers"], stack_bias(router_state, "moe_layers"))
         x, (kept_moe, routing, balance) = jax.lax.scan(rematerialised(moe_step, remat), x, stack)
         balance_losses.append(balance)
     hidden = rms_norm(x, params["final_norm"]["scale"], eps=cfg.norm_eps)
@@ -144,7 +145,7 @@ def hidden_states(
     if cfg.mtp_depth and with_mtp:
         out = mtp(
             params["mtp"],
-            mtp_biases(variables),
+            stack_bias(router_state, "mtp"),
             params["embed"],
             hidden,
             tokens,
@@ -171,25 +172,6 @@ def rematerialised(step: Callable, remat: Remat) -> Callable:
         return step
     kept = jax.checkpoint_policies.save_only_these_names("kept")
     return jax.checkpoint(step, prevent_cse=False, policy=kept if remat == "paper" else None)
-
-
-def layer_biases(variables: Variables) -> Float[Array, "L E"] | None:
-    """The router biases of the main model's MoE layers; None where routing has no bias."""
-    return _bias(variables, "moe_layers")
-
-
-def mtp_biases(variables: Variables) -> Float[Array, "k E"] | None:
-    """The router biases of the MTP modules; None where routing has no bias."""
-    return _bias(variables, "mtp", "block")
-
-
-def _bias(variables: Variables, *path: str) -> Array | None:
-    node = variables.get("router_state", {})
-    for name in (*path, "moe", "router", "bias"):
-        if name not in node:
-            return None
-        node = node[name]
-    return node
 
 
 def _policy_of(variables: Variables) -> Policy:

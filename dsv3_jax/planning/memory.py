@@ -102,11 +102,10 @@ def residuals(
     parts = Parts(policy)
     angles: Any = jax.ShapeDtypeStruct((rows, seq_len, cfg.mla.rope_head_dim // 2), jnp.float32)
     rope = RopeTable(angles, angles)
-    stack: Any = abstract_params(cfg, policy.param_dtype)
-    name = "moe_layers" if is_moe else "dense_layers"
-    params = jax.tree.map(_of_one_layer, stack["params"][name], is_leaf=_is_spec)
-    bias = stack["router_state"].get(name, {}).get("moe", {}).get("router", {}).get("bias") if is_moe else None
-    bias = None if bias is None else _of_one_layer(bias)
+    stacks: Any = abstract_params(cfg, policy.param_dtype)["params"]
+    stack = stacks["moe_layers" if is_moe else "dense_layers"]
+    params = jax.tree.map(_of_one_layer, stack, is_leaf=_is_spec)
+    bias = jax.ShapeDtypeStruct((cfg.moe.num_experts,), jnp.float32) if is_moe and cfg.moe.has_bias else None
 
     def pullback(params, bias, x, rope):
         def mix(mla_params, normed):

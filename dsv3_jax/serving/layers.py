@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.block import Mix, Parts, dense_block, moe_block
 from dsv3_jax.model.moe.layer import local_experts
-from dsv3_jax.model.transformer import layer_biases
+from dsv3_jax.model.params import stack_bias
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Bool, Float, Int, Params, Variables
 
@@ -63,7 +63,8 @@ def scan_layers(
         rest = dict(params["moe_layers"])
         rest["moe"] = {name: leaf for name, leaf in rest["moe"].items() if name != "experts"}
         layer_ids = jnp.arange(cfg.num_moe_layers, dtype=jnp.int32)
-        carry, _ = jax.lax.scan(moe_step, carry, (layer_ids, rest, layer_biases(variables)))
+        biases = stack_bias(variables.get("router_state", {}), "moe_layers")
+        carry, _ = jax.lax.scan(moe_step, carry, (layer_ids, rest, biases))
     return carry
 
 

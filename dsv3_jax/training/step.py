@@ -17,6 +17,7 @@ import optax
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.moe.router import update_bias
+from dsv3_jax.model.params import router_biases, with_router_biases
 from dsv3_jax.model.transformer import Hidden, hidden_states
 from dsv3_jax.precision.policy import Policy, get_policy
 from dsv3_jax.training.loss import next_token_loss
@@ -120,14 +121,18 @@ def make_step(cfg: RunConfig, loss: Callable[..., Any] = batch_loss) -> "Step":
         wide = jax.tree.map(lambda param: param.astype(jnp.float32), state.params)
         direction: Any
         direction, opt_state = optimizer.update(grads, state.opt_state, wide)
+        router_state = state.router_state
+        if router_state:
+            biases = update_bias(router_biases(router_state), parts.load, rates.bias_speed)
+            router_state = with_router_biases(router_state, biases)
         new = TrainState(
             apply_update(state.params, direction, rates.learning_rate),
-            _move_biases(state.router_state, parts.load, rates.bias_speed),
+            router_state,
             opt_state,
             state.key,
         )
         new = jax.tree.map(lambda after, before: jnp.where(is_finite, after, before), new, state)
-        biases = _biases(new.router_state)
+        biases = router_biases(new.router_state)
         report = StepReport(value, parts, grad_norm, biases.min(axis=1), biases.max(axis=1), is_finite)
         return new, report
 
@@ -195,33 +200,3 @@ def _load(cfg: RunConfig, states: Hidden) -> Int[Array, "l E"]:
     loads = [states.router.load] if states.router is not None else []
     loads += [states.mtp_load] if states.mtp_load is not None else []
     return jnp.concatenate(loads) if loads else jnp.zeros((0, cfg.model.moe.num_experts), jnp.int32)
-
-
-def _biases(router_state: Params) -> Float[Array, "l E"]:
-    """Biases of all layers in the order of `Parts.load`."""
-    stacks = [stack["moe"]["router"]["bias"] for stack in _routers(router_state)]
-    return jnp.concatenate(stacks) if stacks else jnp.zeros((0, 1), jnp.float32)
-
-
-def _routers(router_state: Params) -> list[Params]:
-    found = []
-    if "moe_layers" in router_state:
-        found.append(router_state["moe_layers"])
-    if "mtp" in router_state:
-        found.append(router_state["mtp"]["block"])
-    return found
-
-
-def _move_biases(router_state: Params, load: Int[Array, "l E"], speed: Float[Array, ""]) -> Params:
-    """Every bias moved by ±`speed` against its expert's load in the whole batch (report section 2.1.2)."""
-    num_main = router_state["moe_layers"]["moe"]["router"]["bias"].shape[0] if "moe_layers" in router_state else 0
-
-    def moved(stack: Params, rows: Int[Array, "l E"]) -> dict:
-        return {"moe": {"router": {"bias": update_bias(stack["moe"]["router"]["bias"], rows, speed)}}}
-
-    new = {}
-    if "moe_layers" in router_state:
-        new["moe_layers"] = moved(router_state["moe_layers"], load[:num_main])
-    if "mtp" in router_state:
-        new["mtp"] = {"block": moved(router_state["mtp"]["block"], load[num_main:])}
-    return new

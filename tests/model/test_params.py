@@ -1,6 +1,7 @@
 """The parameter tree: one contract for fresh values and abstract shapes."""
 
 import re
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.model.params import ParamSpec, abstract_params, init
+from dsv3_jax.model.params import (
+    ParamSpec,
+    abstract_params,
+    draw_leaf,
+    init,
+    router_biases,
+    stack_bias,
+    with_router_biases,
+)
+from dsv3_jax.model.tree import model_tree
 
 CONFIGS = {
     "all": {},
@@ -135,3 +145,28 @@ def test_bfloat16_values_are_the_rounded_float32_ones(config) -> None:
 
 def test_deeper_models_keep_the_names_of_shallow_ones(config) -> None:
     assert specs(config()).keys() == specs(config(num_layers=40, num_dense_layers=7)).keys()
+
+
+def test_a_leaf_is_drawn_by_its_path(config) -> None:
+    """A tree with more leaves than before draws the others as before."""
+    cfg = config(**DRAWN)
+    names = [name.encode() for name in specs(ModelConfig()).keys() | specs(config(mla={"q_latent_dim": None}))]
+    assert len({zlib.crc32(name) for name in names}) == len(names)
+    leaf, key = model_tree(cfg)["params"]["unembed"]["w"], jax.random.key(3)
+    alone = draw_leaf(leaf, "params/unembed/w", key, std=cfg.init_std, dtype=jnp.float32)
+    np.testing.assert_allclose(init(cfg, key)["params"]["unembed"]["w"], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["all", "no_bias", "no_mtp", "only_mtp"])
+def test_router_biases_go_out_and_in_again(config, variables_of, name: str) -> None:
+    """Main layers first, then MTP modules; any of them may be absent."""
+    changes = {"no_mtp": {"mtp_depth": 0}, "only_mtp": {"num_dense_layers": 3, "mtp_depth": 2}, **CONFIGS}[name]
+    router_state = variables_of(config(**changes), seed=8)["router_state"]
+    stacks = [stack_bias(router_state, stack) for stack in ("moe_layers", "mtp")]
+    assert [bias is not None for bias in stacks] == [stack in router_state for stack in ("moe_layers", "mtp")]
+    biases = router_biases(router_state)
+    assert biases.shape == {"all": (3, 6), "no_bias": (0, 1), "no_mtp": (2, 6), "only_mtp": (2, 6)}[name]
+    expected = [bias for bias in stacks if bias is not None]
+    np.testing.assert_array_equal(biases, np.concatenate(expected) if expected else np.zeros((0, 1)))
+    doubled = with_router_biases(router_state, 2 * biases)
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, 2 * old), doubled, router_state)

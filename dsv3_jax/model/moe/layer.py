@@ -3,16 +3,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config.model import MoEConfig
-from dsv3_jax.model.mlp import MLP, mlp
+from dsv3_jax.model.mlp import mlp
 from dsv3_jax.model.moe.dispatch import BlockPlan, block_size_for, plan_blocks
 from dsv3_jax.model.moe.experts import routed_ffn
-from dsv3_jax.model.moe.router import Router, expert_load, route, router_logits, routing, sequence_balance_loss
+from dsv3_jax.model.moe.router import expert_load, route, router_logits, routing, sequence_balance_loss
 from dsv3_jax.precision.fp8_experts import BLOCK_ROWS
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Bool, Float, Int, Params
@@ -77,49 +75,3 @@ def moe(
     if cfg.num_shared_experts:
         out = out + mlp(params["shared"], x, policy=policy)
     return out, routed, balance
-
-
-class MoE(nn.Module):
-    """Declares the router, the routed experts stacked on axis 0, and the shared experts as one wide MLP."""
-
-    cfg: MoEConfig
-    dim: int
-    init_std: float
-
-    @nn.compact
-    def weights(self) -> dict:
-        E, D, F = self.cfg.num_experts, self.dim, self.cfg.expert_dim
-        declared = {
-            "router": Router(self.cfg, D, self.init_std, name="router").weights(),
-            "experts": Experts(E, D, F, self.init_std, name="experts").weights(),
-        }
-        if self.cfg.num_shared_experts:
-            declared["shared"] = MLP(D, F * self.cfg.num_shared_experts, self.init_std, name="shared").weights()
-        return declared
-
-    def __call__(self, x: Float[Array, "B T D"], *, policy: Policy):
-        declared = self.weights()
-        return moe(declared, declared["router"].get("bias"), x, None, cfg=self.cfg, policy=policy)
-
-
-class Experts(nn.Module):
-    """Declares E feed-forwards of width F."""
-
-    num_experts: int
-    dim: int
-    expert_dim: int
-    init_std: float
-
-    @nn.compact
-    def weights(self) -> dict:
-        E, D, F = self.num_experts, self.dim, self.expert_dim
-        normal = nn.initializers.normal(self.init_std)
-        gate_up = nn.with_partitioning(normal, ("expert", "embed", None, "ffn"))
-        down = nn.with_partitioning(normal, ("expert", "ffn", "embed"))
-        return {
-            "gate_up": self.param("gate_up", gate_up, (E, D, 2, F), jnp.float32),
-            "down": self.param("down", down, (E, F, D), jnp.float32),
-        }
-
-    def __call__(self, x, ids, weights, *, policy: Policy) -> Float[Array, "N D"]:
-        return local_experts(self.weights(), x, ids, weights, policy=policy)

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -97,27 +96,6 @@ def sequence_balance_loss(
     share_BTE = affinity_BTE / (affinity_BTE.sum(axis=-1, keepdims=True) + 1e-20)
     P_BE = jnp.where(valid[:, :, None], share_BTE, 0.0).sum(axis=1) / tokens_B[:, None]
     return (f_BE * P_BE).sum(axis=-1).mean()
-
-
-class Router(nn.Module):
-    """Declares the experts' centroids, and the bias in its own collection: it has no gradient and no decay."""
-
-    cfg: MoEConfig
-    dim: int
-    init_std: float
-
-    @nn.compact
-    def weights(self) -> dict:
-        normal = nn.with_partitioning(nn.initializers.normal(self.init_std), ("embed", None))
-        declared = {"w": self.param("w", normal, (self.dim, self.cfg.num_experts), jnp.float32)}
-        if self.cfg.has_bias:
-            zeros = nn.with_partitioning(lambda: jnp.zeros(self.cfg.num_experts, jnp.float32), (None,))
-            declared["bias"] = self.variable("router_state", "bias", zeros).value
-        return declared
-
-    def __call__(self, x: Float[Array, "N D"]) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
-        declared = self.weights()
-        return route(router_logits(declared, x), declared.get("bias"), **routing(self.cfg))
 
 
 def routing(cfg: MoEConfig) -> dict:
