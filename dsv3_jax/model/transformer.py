@@ -164,13 +164,13 @@ def hidden_states(
 def rematerialised(step: Callable, remat: Remat) -> Callable:
     """`step` of a scan over layers, with what its backward pass recomputes chosen by `remat`.
 
-    "paper" keeps exactly what `checkpoint_name(…, "kept")` marks: what comes out of a large multiplication, but not
-    MLA's up-projections. Naming what to keep is the only way: a policy that names what not to keep saves its input.
+    "paper" saves exactly what `checkpoint_name` gives these names: what comes out of a large multiplication, but not
+    MLA's up-projections. Naming what to save is the only way: a policy that names what not to save saves its input.
     """
     check(remat in ("none", "paper", "full"), f"remat={remat!r} is unknown; use 'none', 'paper' or 'full'.")
     if remat == "none":
         return step
-    kept = jax.checkpoint_policies.save_only_these_names("kept")
+    kept = jax.checkpoint_policies.save_only_these_names("kept", "mla_attended", "ffn_gate_up", "experts_gate_up")
     return jax.checkpoint(step, prevent_cse=False, policy=kept if remat == "paper" else None)
 
 

@@ -23,7 +23,7 @@ COVERAGE: tuple[Row, ...] = (
         "feed-forward of dense layers",
         ("mlp/gate_up", "mlp/down"),
         True,
-        "the same; SwiGLU's inputs kept in FP8",
+        "the same; SwiGLU's inputs saved in FP8",
     ),
     Row("shared experts", ("shared/gate_up", "shared/down"), True, "the same"),
     Row(

@@ -1,8 +1,8 @@
 """E5M6: a sign, five bits of exponent, six of mantissa, with a power-of-two scale for each 128 features of a token.
 
-What the report keeps of the input of attention's output projection (section 3.3.3). No hardware has the format: two
-numbers lie in three bytes, so a kept number takes 1.5 bytes and 4 / 128 for its share of a scale. The bits are those
-of float16 without its last four: infinities, NaN and subnormal numbers included.
+What the report saves of the input of attention's output projection (section 3.3.3). No hardware has the format: two
+elements lie in three bytes, so one takes 1.5 bytes and 4 / 128 for its share of a scale. The bits are those
+of float16 without its last four: infinities, NaN and subnormal values included.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class E5M6Tensor(NamedTuple):
 
 
 def quantize(x: Float[Array, "M K"]) -> E5M6Tensor:
-    """Rounds to nearest even; a tile's scale is the least power of two under which its largest number fits."""
+    """Rounds to nearest even; a tile's scale is the least power of two under which its largest element fits."""
     x = without_gradient("e5m6.quantize", x)
     M, K = x.shape
     tiles = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -K % TILE))).reshape(M, -1, TILE)
@@ -70,7 +70,7 @@ def _scale_for(amax: Float[Array, "M Y"]) -> Float[Array, "M Y"]:
 
 
 def _pack(codes: UInt[Array, "M K"]) -> UInt[Array, "M X"]:
-    """Two numbers of 12 bits in three bytes."""
+    """Two elements of 12 bits in three bytes."""
     first, second = codes[:, 0::2], codes[:, 1::2]
     parts = [first & 0xFF, (first >> 8) | ((second & 0xF) << 4), second >> 4]
     return jnp.stack(parts, axis=-1).reshape(codes.shape[0], -1).astype(jnp.uint8)

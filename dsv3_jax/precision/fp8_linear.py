@@ -4,8 +4,8 @@ forward          y = x·w      x in tiles of 1x128 (a token, 128 features), w in
 input gradient   dx = dy·wᵀ   dy in tiles of 1x128, w in the same blocks
 weight gradient  dw = xᵀ·dy   both in tiles of 128 tokens of one feature, float32 out
 
-Scales are those of the very tensor (online). Of the activations the backward pass keeps x in FP8, nothing else; it
-dequantises, transposes and quantises that again. A non-finite number of a token stays in its tile: its row of y, or
+Scales are those of the very tensor (online). Of the activations the backward pass has x in FP8, nothing else; it
+dequantises, transposes and quantises that again. A non-finite element of a token stays in its tile: its row of y, or
 of dx, is lost and no other; of dw its feature's row is lost and at most the 127 others of that tile of x, or the
 column of its feature of dy.
 """
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from dsv3_jax.precision import e5m6
 from dsv3_jax.precision.gradient_tiles import Tile, gradient_columns, gradient_rows
-from dsv3_jax.precision.kept import from_bytes, keep, to_bytes
-from dsv3_jax.precision.plain import swiglu
+from dsv3_jax.precision.plain_linear import swiglu
+from dsv3_jax.precision.residuals import from_bytes, named, to_bytes
 from dsv3_jax.typing import Array, DType, Float
 from dsv3_kernels import QTensor, cast_blocks, cast_tokens, fp8_gemm, requantize_transposed, swiglu_cast
 from dsv3_kernels.quantize import dequantize_tiles
@@ -36,7 +36,7 @@ def linear(
 def swiglu_linear(
     gate_up: Float[Array, "... F2"], w: Float[Array, "F Z"], *, dtype: DType, gradient_tile: Tile = (1, 128)
 ) -> Float[Array, "... Z"]:
-    """swiglu(gate_up)·w; gate and up are kept in FP8 and their product is made again (report section 3.3.3)."""
+    """swiglu(gate_up)·w; gate and up are saved in FP8, their product is recomputed (report section 3.3.3)."""
     rows, w = varying_alike(gate_up.astype(dtype).reshape(-1, gate_up.shape[-1]), w)
     return _swiglu_linear(rows, w, gradient_tile).reshape(*gate_up.shape[:-1], -1)
 
@@ -44,7 +44,7 @@ def swiglu_linear(
 def attention_linear(
     x: Float[Array, "... A"], w: Float[Array, "A Z"], *, dtype: DType, gradient_tile: Tile = (1, 128)
 ) -> Float[Array, "... Z"]:
-    """x·w, where x is what attention put out: kept in E5M6, all its scales powers of two (report section 3.3.3)."""
+    """x·w, where x is what attention put out: saved in E5M6, all its scales powers of two (report section 3.3.3)."""
     rows, w = varying_alike(x.astype(dtype).reshape(-1, x.shape[-1]), w)
     return _attention_linear(rows, w, gradient_tile).reshape(*x.shape[:-1], -1)
 
@@ -60,8 +60,8 @@ def _linear_forward(x, w, gradient_tile):
 
 
 def _linear_backward(gradient_tile, residuals, dy):
-    kept, w = residuals
-    dw = _weight_gradient(requantize_transposed(from_bytes(kept)), dy, gradient_tile)
+    saved, w = residuals
+    dw = _weight_gradient(requantize_transposed(from_bytes(saved)), dy, gradient_tile)
     return _input_gradient(dy, w, gradient_tile), dw.astype(w.dtype)
 
 
@@ -74,13 +74,13 @@ def _swiglu_linear(gate_up, w, gradient_tile):
 
 
 def _swiglu_forward(gate_up, w, gradient_tile):
-    kept = keep(to_bytes(cast_tokens(gate_up)))
-    return _product(swiglu_cast(gate_up), w, gate_up.dtype), (kept, w)
+    saved = named(to_bytes(cast_tokens(gate_up)), "ffn_gate_up")
+    return _product(swiglu_cast(gate_up), w, gate_up.dtype), (saved, w)
 
 
 def _swiglu_backward(gradient_tile, residuals, dy):
-    kept, w = residuals
-    hidden, d_hidden = jax.vjp(swiglu, dequantize_tiles(from_bytes(kept), tile=(1, 128)))
+    saved, w = residuals
+    hidden, d_hidden = jax.vjp(swiglu, dequantize_tiles(from_bytes(saved), tile=(1, 128)))
     d_gate_up = d_hidden(_input_gradient(dy, w, gradient_tile).astype(jnp.float32))[0]
     dw = _weight_gradient(cast_tokens(hidden.T), dy, gradient_tile)
     return d_gate_up.astype(dy.dtype), dw.astype(w.dtype)
@@ -95,13 +95,13 @@ def _attention_linear(x, w, gradient_tile):
 
 
 def _attention_forward(x, w, gradient_tile):
-    kept = keep(e5m6.quantize(x))
-    return _product(cast_tokens(x, scale="ue8m0"), w, x.dtype), (kept, w)
+    saved = named(e5m6.quantize(x), "mla_attended")
+    return _product(cast_tokens(x, scale="ue8m0"), w, x.dtype), (saved, w)
 
 
 def _attention_backward(gradient_tile, residuals, dy):
-    kept, w = residuals
-    x = e5m6.dequantize(kept, num_columns=w.shape[0])
+    saved, w = residuals
+    x = e5m6.dequantize(saved, num_columns=w.shape[0])
     dw = _weight_gradient(cast_tokens(x.T, scale="ue8m0"), dy, gradient_tile)
     return _input_gradient(dy, w, gradient_tile), dw.astype(w.dtype)
 

@@ -27,7 +27,7 @@ def gradient_columns(dy: Float[Array, "M Z"], *, tile: Tile) -> QTensor:
     return gradient_rows(dy.T, tile=tile)
 
 
-def turned_gradient(q: QTensor) -> QTensor:
+def transposed_gradient(q: QTensor) -> QTensor:
     """[M, Z] of power-of-two scales in tiles of 128 features -> [Z, M] in tiles of 128 tokens."""
     lifted = requantize_transposed(QTensor(q.values, q.scales * LIFT), scale="ue8m0")
     return QTensor(lifted.values, lifted.scales / LIFT)

@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
 from dsv3_jax.config.check import check
-from dsv3_jax.precision import fp8_experts, fp8_linear, plain
+from dsv3_jax.precision import fp8_experts, fp8_linear, plain_linear, wire
 from dsv3_jax.precision.gradient_tiles import Tile
 from dsv3_jax.typing import Array, DType, Float
 
 Projection = Callable[..., Array]
-"""(x [..., A], w [A, Z], *, dtype) -> [..., Z]: one of `plain`, or one of `fp8_linear`."""
+"""(x [..., A], w [A, Z], *, dtype) -> [..., Z]: one of `plain_linear`, or one of `fp8_linear`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Policy:
     name: str
     param_dtype: DType
     compute_dtype: DType
-    project: Projection = plain.linear
-    project_swiglu: Projection = plain.swiglu_linear
-    project_attention: Projection = plain.attention_linear
+    project: Projection = plain_linear.linear
+    project_swiglu: Projection = plain_linear.swiglu_linear
+    project_attention: Projection = plain_linear.attention_linear
     routed_experts: Callable[..., Array] | None = None
 
     def linear(self, x: Float[Array, "... A"], w: Float[Array, "A Z"]) -> Float[Array, "... Z"]:
@@ -46,7 +47,7 @@ class Policy:
 
     def plain_linear(self, x: Float[Array, "... A"], w: Float[Array, "A Z"]) -> Float[Array, "... Z"]:
         """x·w in the compute dtype under every policy: the projections that FP8 leaves out."""
-        return plain.linear(x, w, dtype=self.compute_dtype)
+        return plain_linear.linear(x, w, dtype=self.compute_dtype)
 
 
 def make_fp8_policy(*, gradient_tile: Tile = (1, 128), name: str = "fp8_dsv3") -> Policy:
@@ -63,8 +64,20 @@ def make_fp8_policy(*, gradient_tile: Tile = (1, 128), name: str = "fp8_dsv3") -
         project=fp8(fp8_linear.linear),
         project_swiglu=fp8(fp8_linear.swiglu_linear),
         project_attention=fp8(fp8_linear.attention_linear),
-        routed_experts=fp8(fp8_experts.routed_experts),
+        routed_experts=fp8(_routed_experts),
     )
+
+
+def _routed_experts(
+    x: Array, params: Mapping[str, Array], weights: Array, plan: Any, *, dtype: DType, gradient_tile: Tile
+) -> Array:
+    """Σ_k weight · FFN_expert(x) for the pairs that `plan` laid out in blocks of 128 rows."""
+    rows = wire.gather_payload(x.astype(dtype), plan)
+    weights = weights.astype(jnp.float32).reshape(-1).at[plan.pair_of].get(mode="fill", fill_value=0)
+    rows = fp8_experts.expert_ffn(
+        rows, params["gate_up"], params["down"], weights, plan.block_expert, gradient_tile=gradient_tile
+    )
+    return wire.sum_payload_rows(rows, plan, gradient_tile=gradient_tile)
 
 
 FLOAT32 = Policy("float32", jnp.float32, jnp.float32)

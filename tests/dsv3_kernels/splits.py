@@ -12,9 +12,10 @@ import numpy as np
 import dsv3_kernels as kernels
 from dsv3_jax.model.moe.dispatch import plan_blocks
 from dsv3_jax.model.moe.experts import routed_ffn
-from dsv3_jax.precision import fp8_experts, fp8_linear
+from dsv3_jax.precision import fp8_linear
 from dsv3_kernels import QTensor
 from dsv3_kernels.varying import varying_axes
+from tests.precision.fp8_routed import routed as experts
 
 P = jax.sharding.PartitionSpec
 FIRST, SECOND, THIRD, LAST, ALL = P("data"), P(None, "data"), P(None, None, "data"), P(None, None, None, "data"), P()
@@ -137,12 +138,6 @@ def starting(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> Any:
 
 def layer(name: str) -> Callable[..., Any]:
     return functools.partial(getattr(fp8_linear, name), dtype=jnp.bfloat16)
-
-
-def experts(x: Any, gate_up: Any, down: Any, weights: Any, chosen: Any) -> Any:
-    plan = plan_blocks(chosen, len(down), block_size=fp8_experts.BLOCK_ROWS)
-    params = {"gate_up": gate_up, "down": down}
-    return fp8_experts.routed_experts(x, params, weights, plan, dtype=jnp.bfloat16)
 
 
 def bf16_experts(x: Any, gate_up: Any, down: Any, weights: Any, chosen: Any) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.precision import fp8_linear, plain
+from dsv3_jax.precision import fp8_linear, plain_linear
 from dsv3_kernels.quantize import dequantize_tiles, quantize_tiles
 from tests.dsv3_kernels.errors import calc_diff
 
@@ -42,13 +42,13 @@ def error(found, exact) -> float:
 def test_all_three_products_err_at_most_twice_as_much_as_rounding_each_operand_once(shape):
     x, w, dy = draw(*shape)
     wide = x.astype(jnp.float32), dy.astype(jnp.float32)
-    exact = outputs(partial(plain.linear, dtype=jnp.float32), wide[0], w, wide[1])
+    exact = outputs(partial(plain_linear.linear, dtype=jnp.float32), wide[0], w, wide[1])
     found = outputs(jax.jit(partial(fp8_linear.linear, dtype=jnp.bfloat16)), x, w, dy)
     blocks = rounded(w, (128, 128))
     ideal = [
         rounded(x, (1, 128)) @ blocks,
         rounded(dy, (1, 128)) @ blocks.T,
-        # A single token has a scale for each number: only what was kept of x in tiles of 128 features is lossy then.
+        # A single token has a scale for each number: only what was saved of x in tiles of 128 features is lossy then.
         rounded(x, (128, 1) if shape[0] > 1 else (1, 128)).T @ rounded(dy, (128, 1)),
     ]
     for name, ours, best, truth in zip(("y", "dx", "dw"), found, ideal, exact, strict=True):
@@ -58,7 +58,10 @@ def test_all_three_products_err_at_most_twice_as_much_as_rounding_each_operand_o
 
 @pytest.mark.parametrize(
     ("form", "twin"),
-    [(fp8_linear.swiglu_linear, plain.swiglu_linear), (fp8_linear.attention_linear, plain.attention_linear)],
+    [
+        (fp8_linear.swiglu_linear, plain_linear.swiglu_linear),
+        (fp8_linear.attention_linear, plain_linear.attention_linear),
+    ],
 )
 @pytest.mark.parametrize("shape", [(1, 80, 33), (97, 192, 130)])
 def test_the_other_forms_are_near_their_plain_twins(form, twin, shape):
@@ -82,9 +85,9 @@ def test_leading_axes_and_dtypes():
     assert dx.dtype == dw.dtype == jnp.float32
 
 
-def test_only_fp8_activations_are_kept():
+def test_only_fp8_activations_are_saved():
     x, w, _ = draw(97, 160, 96)
-    kept = {}
+    saved = {}
     for name, argument, weight in (
         ("linear", x, w),
         ("swiglu_linear", x, w[:80]),
@@ -93,9 +96,9 @@ def test_only_fp8_activations_are_kept():
         form = partial(getattr(fp8_linear, name), dtype=jnp.bfloat16)
         pullback = jax.eval_shape(lambda a, b, form=form: jax.vjp(form, a, b)[1], argument, weight)
         leaves = [(leaf.dtype.name, leaf.shape) for leaf in jax.tree.leaves(pullback) if leaf.shape != weight.shape]
-        kept[name] = sorted(leaves)
+        saved[name] = sorted(leaves)
     fp8 = [("float32", (97, 2)), ("uint8", (97, 160))]
-    assert kept == {
+    assert saved == {
         "linear": fp8,
         "swiglu_linear": fp8,
         "attention_linear": [("float32", (97, 2)), ("uint8", (97, 240))],
@@ -131,7 +134,9 @@ def test_blocks_of_gradients_lose_tokens_that_lie_beside_far_larger_ones():
     x, w, dy = draw(128, 128, 128)
     sizes = jnp.where(jnp.arange(128) % 2 == 0, 1e-6, 1.0)[:, None].astype(jnp.bfloat16)
     dy = jnp.clip(dy * 1e3, -1, 1).astype(jnp.bfloat16) * sizes
-    exact = outputs(partial(plain.linear, dtype=jnp.float32), x.astype(jnp.float32), w, dy.astype(jnp.float32))[1]
+    exact = outputs(partial(plain_linear.linear, dtype=jnp.float32), x.astype(jnp.float32), w, dy.astype(jnp.float32))[
+        1
+    ]
     wrong = {}
     for tile in ((1, 128), (128, 128)):
         dx = outputs(partial(fp8_linear.linear, dtype=jnp.bfloat16, gradient_tile=tile), x, w, dy)[1]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.model.moe import grouped
-from dsv3_jax.precision.plain import swiglu
+from dsv3_jax.precision.plain_linear import swiglu
 from dsv3_jax.precision.policy import Policy
 from dsv3_jax.typing import Array, Float, Int
 from dsv3_kernels import dispatch

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.model.moe.dispatch import BlockPlan, gather_rows, plan_blocks, sum_pairs, weight_of_row
-from dsv3_jax.precision.plain import swiglu
+from dsv3_jax.precision.plain_linear import swiglu
 from dsv3_jax.typing import Array, Float, Int
 from dsv3_kernels import grouped_matmul, grouped_matmul_k
 

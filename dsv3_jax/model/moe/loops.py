@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.model.moe.dispatch import BlockPlan, sum_pairs, weight_of_row
-from dsv3_jax.precision.plain import swiglu
+from dsv3_jax.precision.plain_linear import swiglu
 from dsv3_jax.typing import Array, Float, Int
 from dsv3_kernels.varying import varying_as
 

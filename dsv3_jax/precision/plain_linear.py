@@ -1,4 +1,4 @@
-"""The projections of a model in one dtype: the plain twins of the FP8 forms."""
+"""The projections of a model in one dtype: the plain twins of `fp8_linear`."""
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ def swiglu(gate_up: Float[Array, "... F2"]) -> Float[Array, "... F"]:
 
 
 def swiglu_linear(gate_up: Float[Array, "... F2"], w: Float[Array, "F Z"], *, dtype: DType) -> Float[Array, "... Z"]:
-    """swiglu(gate_up)·w; gate and up are kept for the backward pass, their product may be made again."""
-    return linear(swiglu(checkpoint_name(gate_up, "kept")), w, dtype=dtype)
+    """swiglu(gate_up)·w; gate and up are saved as "ffn_gate_up", their product may be recomputed."""
+    return linear(swiglu(checkpoint_name(gate_up, "ffn_gate_up")), w, dtype=dtype)
 
 
 def attention_linear(x: Float[Array, "... A"], w: Float[Array, "A Z"], *, dtype: DType) -> Float[Array, "... Z"]:
-    """x·w, where x is what attention put out; it is kept for the backward pass."""
-    return linear(checkpoint_name(x, "kept"), w, dtype=dtype)
+    """x·w, where x is what attention put out, saved as "mla_attended"."""
+    return linear(checkpoint_name(x, "mla_attended"), w, dtype=dtype)

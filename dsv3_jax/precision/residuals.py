@@ -1,6 +1,6 @@
-"""What an FP8 layer keeps of its activations for the backward pass: bytes, and nothing wider beside them.
+"""What an FP8 layer saves of its activations for the backward pass: bytes, and nothing wider beside them.
 
-E4M3 is kept as uint8 because XLA on CPU holds E4M3 arrays as float16 between its kernels, which would double them.
+E4M3 is saved as uint8 because XLA on CPU holds E4M3 arrays as float16 between its kernels, which would double them.
 """
 
 from typing import TypeVar
@@ -13,9 +13,9 @@ from dsv3_kernels.quantize import E4M3, QTensor
 Tensor = TypeVar("Tensor")
 
 
-def keep(tensor: Tensor) -> Tensor:
-    """Marks every array of a pytree as kept under `remat="paper"`."""
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, "kept"), tensor)
+def named(tensor: Tensor, name: str) -> Tensor:
+    """Names every array of a pytree, for a remat policy that saves what is so called."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tensor)
 
 
 def to_bytes(q: QTensor) -> QTensor:
