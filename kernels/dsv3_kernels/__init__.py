@@ -16,49 +16,71 @@ if TYPE_CHECKING:
     from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows, unpack_fp8_cache_rows
     from dsv3_kernels.prefill_attention.api import mla_prefill
     from dsv3_kernels.quantize import QTensor, dequantize_tiles, quantize_tiles
+    from dsv3_kernels.routed_experts.api import expert_ffn
+    from dsv3_kernels.routed_experts.plan import BlockPlan, plan_blocks, plan_few
+    from dsv3_kernels.routed_experts.reference import expert_ffn_reference, grouped_linear
+    from dsv3_kernels.routed_experts.rows import gather_rows, row_weights, sum_rows
 
 __all__ = [
+    "BlockPlan",
     "QTensor",
     "cache_read",
     "cache_write",
     "cast_blocks",
     "cast_tokens",
     "dequantize_tiles",
+    "expert_ffn",
+    "expert_ffn_reference",
     "fp8_gemm",
+    "gather_rows",
     "grouped_fp8_gemm",
     "grouped_fp8_gemm_k",
     "grouped_fp8_gemm_masked",
+    "grouped_linear",
     "grouped_matmul",
     "grouped_matmul_k",
     "mla_decode",
     "mla_prefill",
     "pack_fp8_cache_rows",
+    "plan_blocks",
     "plan_decode",
+    "plan_few",
     "quantize_tiles",
     "requantize_transposed",
+    "row_weights",
+    "sum_rows",
     "swiglu_cast",
     "unpack_fp8_cache_rows",
 ]
 
 _HOME = {
+    "BlockPlan": "routed_experts.plan",
     "QTensor": "quantize",
     "cache_read": "latent_cache.api",
     "cache_write": "latent_cache.api",
     "cast_blocks": "casts.api",
     "cast_tokens": "casts.api",
     "dequantize_tiles": "quantize",
+    "expert_ffn": "routed_experts.api",
+    "expert_ffn_reference": "routed_experts.reference",
     "fp8_gemm": "gemm.api",
+    "gather_rows": "routed_experts.rows",
     "grouped_fp8_gemm": "grouped_gemm.api",
     "grouped_fp8_gemm_k": "grouped_gemm.api",
     "grouped_fp8_gemm_masked": "grouped_gemm.api",
+    "grouped_linear": "routed_experts.reference",
     "grouped_matmul": "grouped_gemm_bf16.api",
     "grouped_matmul_k": "grouped_gemm_bf16.api",
     "mla_decode": "decode_attention.api",
     "mla_prefill": "prefill_attention.api",
     "pack_fp8_cache_rows": "latent_cache.fp8_rows",
+    "plan_blocks": "routed_experts.plan",
     "plan_decode": "decode_attention.api",
+    "plan_few": "routed_experts.plan",
     "quantize_tiles": "quantize",
     "requantize_transposed": "casts.api",
+    "row_weights": "routed_experts.rows",
+    "sum_rows": "routed_experts.rows",
     "swiglu_cast": "casts.api",
     "unpack_fp8_cache_rows": "latent_cache.fp8_rows",
 }
