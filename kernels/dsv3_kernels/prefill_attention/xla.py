@@ -1,10 +1,12 @@
-"""Causal attention by chunks of queries, with a backward pass that makes the probabilities again from lse.
+"""Causal attention by chunks of queries, with a backward pass that computes the probabilities again from lse.
 
 Up to eight spans of queries are unrolled, each reading keys up to its own end only, which saves nearly half of the
-operations; within a span a loop takes one chunk at a time, so that the scores of one chunk exist at once.
+operations; within a span longer than a chunk a loop takes one chunk at a time, so that the scores of one exist at once.
 """
 
-from functools import partial
+import operator
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,10 @@ from dsv3_kernels.varying import varying_alike, varying_as
 
 CHUNK = 256
 """Most queries whose scores exist at a time."""
+SHORT_CHUNK = 128
+"""In place of `CHUNK` in short rows: fewer scores above the diagonal."""
+SHORT_ROW_FORWARD, SHORT_ROW_BACKWARD = 1024, 512
+"""Most queries of a short row, in either pass: what was fastest on a CPU."""
 MOST_SPANS = 8
 
 
@@ -68,18 +74,18 @@ def softmax_delta(
 
 def _attend(q, k, v, q_segment_ids, kv_segment_ids, q_starts, *, softmax_scale):
     T, S = q.shape[1], k.shape[1]
-    size = min(CHUNK, T)
+    size = _chunk_size(T, q_starts, short_row=SHORT_ROW_FORWARD)
     outs, lses = [], []
-    for start, end, num_keys in _spans(T, S, q_starts):
+    for start, end, num_keys in _spans(T, S, q_starts, size):
         keys = _first(Keys(k, v, kv_segment_ids), num_keys)
 
         def chunk(first, queries, keys=keys):
             seen = _seen(queries, keys, q_starts, S - T, first)
             return first + size, _forward(queries, keys, seen, softmax_scale)
 
-        _, (out, lse) = jax.lax.scan(chunk, jnp.int32(start), _chunks(Queries(q, q_segment_ids), start, end, size))
-        outs.append(_whole(out, end - start))
-        lses.append(_whole(lse, end - start))
+        _, (out, lse) = _over_chunks(chunk, jnp.int32(start), _between(Queries(q, q_segment_ids), start, end), size)
+        outs.append(out)
+        lses.append(lse)
     return jnp.concatenate(outs, axis=1), jnp.moveaxis(jnp.concatenate(lses, axis=1), 2, 1)
 
 
@@ -99,13 +105,11 @@ def gradients(
 ) -> tuple[Float[Array, "B T H J"], Float[Array, "B S H J"], Float[Array, "B S H W"]]:
     """d_q, d_k, d_v from both results of `attend` and their cotangents."""
     T, S = q.shape[1], k.shape[1]
-    size = min(CHUNK, T)
+    size = _chunk_size(T, q_starts, short_row=SHORT_ROW_BACKWARD)
     delta = jnp.moveaxis(softmax_delta(out, d_out, d_lse), 1, 2)
     every = Queries(q, q_segment_ids, jnp.moveaxis(lse, 1, 2), delta, d_out)
-    d_k, d_v = jnp.zeros(k.shape, lse.dtype), jnp.zeros(v.shape, lse.dtype)
-    d_k, d_v = varying_as((d_k, d_v), every, k, v, kv_segment_ids, q_starts)
-    d_qs = []
-    for start, end, num_keys in _spans(T, S, q_starts):
+    d_qs, d_ks, d_vs = [], [], []
+    for start, end, num_keys in _spans(T, S, q_starts, size):
         keys = _first(Keys(k, v, kv_segment_ids), num_keys)
 
         def chunk(carry, queries, keys=keys):
@@ -114,11 +118,12 @@ def gradients(
             d_q, more_k, more_v = _gradients(queries, keys, seen, softmax_scale)
             return (first + size, d_k + more_k, d_v + more_v), d_q
 
-        carry = (jnp.int32(start), d_k[:, :num_keys], d_v[:, :num_keys])
-        (_, seen_k, seen_v), d_q = jax.lax.scan(chunk, carry, _chunks(every, start, end, size))
-        d_k, d_v = d_k.at[:, :num_keys].set(seen_k), d_v.at[:, :num_keys].set(seen_v)
-        d_qs.append(_whole(d_q, end - start))
-    return jnp.concatenate(d_qs, axis=1), d_k.astype(k.dtype), d_v.astype(v.dtype)
+        zeros = jnp.zeros(keys.k.shape, lse.dtype), jnp.zeros(keys.v.shape, lse.dtype)
+        carry = jnp.int32(start), *varying_as(zeros, every, keys, q_starts)
+        (_, d_k, d_v), d_q = _over_chunks(chunk, carry, _between(every, start, end), size)
+        for results, result in ((d_qs, d_q), (d_ks, d_k), (d_vs, d_v)):
+            results.append(result)
+    return jnp.concatenate(d_qs, axis=1), _sum_over_spans(d_ks).astype(k.dtype), _sum_over_spans(d_vs).astype(v.dtype)
 
 
 def _forward(queries: Queries, keys: Keys, seen, softmax_scale: float):
@@ -129,8 +134,8 @@ def _forward(queries: Queries, keys: Keys, seen, softmax_scale: float):
     weights_BHtS = jnp.exp(scores_BHtS - peak_BHt[..., None])
     total_BHt = weights_BHtS.sum(axis=-1)
     sees_any = total_BHt > 0
-    divisor_BtH = jnp.moveaxis(jnp.where(sees_any, total_BHt, 1.0), 1, 2)
-    out = _einsum("bhts,bshw->bthw", weights_BHtS.astype(keys.v.dtype), keys.v) / divisor_BtH[..., None]
+    probabilities_BHtS = weights_BHtS / jnp.where(sees_any, total_BHt, 1.0)[..., None]
+    out = _einsum("bhts,bshw->bthw", probabilities_BHtS.astype(keys.v.dtype), keys.v)
     lse = jnp.where(sees_any, peak_BHt + jnp.log(total_BHt), jnp.inf)
     return out.astype(queries.q.dtype), jnp.moveaxis(lse, 1, 2)
 
@@ -163,10 +168,15 @@ def _seen(queries: Queries, keys: Keys, q_starts, default_start: int, first):
     return seen_keys(positions, kv_positions, queries.segment_ids, keys.segment_ids)[:, None]
 
 
-def _spans(num_queries: int, num_keys: int, q_starts) -> list[tuple[int, int, int]]:
+def _chunk_size(num_queries: int, q_starts, *, short_row: int) -> int:
+    """Queries whose scores exist at a time."""
+    is_short = q_starts is None and num_queries <= short_row
+    return min(SHORT_CHUNK if is_short else CHUNK, num_queries)
+
+
+def _spans(num_queries: int, num_keys: int, q_starts, chunk: int) -> list[tuple[int, int, int]]:
     """(first query, end, keys that any of them may see), at most `MOST_SPANS`; all keys where starts are data."""
-    chunks = -(-num_queries // CHUNK)
-    size = CHUNK * -(-chunks // MOST_SPANS)
+    size = chunk * -(-num_queries // (chunk * MOST_SPANS))
     ends = [min(start + size, num_queries) for start in range(0, num_queries, size)]
     visible = [num_keys if q_starts is not None else num_keys - num_queries + end for end in ends]
     return list(zip(range(0, num_queries, size), ends, visible, strict=True))
@@ -176,18 +186,42 @@ def _first(keys: Keys, count: int) -> Keys:
     return jax.tree.map(lambda x: x[:, :count], keys)
 
 
-def _chunks(queries: Queries, start: int, end: int, size: int) -> Queries:
+def _between(queries: Queries, start: int, end: int) -> Queries:
+    return jax.tree.map(lambda x: x[:, start:end], queries)
+
+
+def _over_chunks(chunk: Callable[..., Any], carry: Any, queries: Queries, size: int) -> Any:
+    """`jax.lax.scan` of `chunk` over chunks of `size` queries, its results joined; a call where there is one chunk."""
+    num_queries = queries.q.shape[1]
+    if num_queries <= size:
+        return chunk(carry, queries)
+    carry, results = jax.lax.scan(chunk, carry, _chunks(queries, size))
+    return carry, jax.tree.map(partial(_whole, size=num_queries), results)
+
+
+def _chunks(queries: Queries, size: int) -> Queries:
     """[B, T, …] -> [n, B, size, …], filled up at the end: with lse = +inf, which makes filler's gradients 0."""
 
     def split(x: Array, filler: float) -> Array:
-        fill = [(0, 0), (0, (start - end) % size)] + [(0, 0)] * (x.ndim - 2)
-        padded = jnp.pad(x[:, start:end], fill, constant_values=filler)
+        fill = [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2)
+        padded = jnp.pad(x, fill, constant_values=filler)
         return jnp.moveaxis(padded.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
     return Queries(*(None if x is None else split(x, jnp.inf if name == "lse" else 0)
                      for name, x in queries._asdict().items()))  # fmt: skip
 
 
-def _whole(x: Array, size: int) -> Array:
+def _whole(x: Array, *, size: int) -> Array:
     """[n, B, chunk, …] -> [B, size, …]: inverse of `_chunks`."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :size]
+
+
+def _sum_over_spans(parts: list[Array]) -> Array:
+    """Sum over spans of [B, S, …] of which each has the keys it saw, no fewer than the one before."""
+    begins = [0, *(part.shape[1] for part in parts)]
+    sums = [
+        reduce(operator.add, (part[:, begin : last.shape[1]] for part in parts[i:]))
+        for i, (begin, last) in enumerate(zip(begins, parts, strict=False))
+        if begin < last.shape[1]
+    ]
+    return jnp.concatenate(sums, axis=1)
