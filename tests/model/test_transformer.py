@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.attention import attend_full
+from dsv3_jax.model.attention import attend_reference
 from dsv3_jax.model.moe.router import route
 from dsv3_jax.model.transformer import hidden_states
 
@@ -123,7 +123,7 @@ def test_equations_can_be_replaced(config, variables_of, run_forward) -> None:
     out, plain = run_forward(cfg, variables, tokens, route=my_route), run_forward(cfg, variables, tokens)
     np.testing.assert_array_equal(out.router.weights, 0.25)
     assert np.abs(np.asarray(out.mtp_logits[1] - plain.mtp_logits[1])).max() > 1e-3
-    same = run_forward(cfg, variables, tokens, attend=attend_full)
+    same = run_forward(cfg, variables, tokens, attend=attend_reference)
     np.testing.assert_allclose(same.logits, plain.logits, atol=1e-4)
 
 
