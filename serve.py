@@ -12,21 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from dsv3_jax.config.check import UserError, check
-from dsv3_jax.config.load import from_dict
-from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.interop.run_dir import is_run, load
 from dsv3_jax.interop.stop_tokens import stop_ids
 from dsv3_jax.interrupt import run_program
-from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
-from dsv3_jax.training.checkpoint import load_variables
-from dsv3_jax.typing import Variables
 
 EXIT_USER_ERROR = 2
 
@@ -48,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 def complete(given: argparse.Namespace) -> list[tuple[str, str]]:
     """(prompt, completion) of each prompt, all in one batch; special tokens in a completion are left out."""
     folder = user_path(given.model)
-    cfg, variables = load_model(folder, given.dtype, use_average=given.average)
+    cfg, variables = load(folder, dtype=given.dtype, average=given.average)
     tokenizer = tokenizers.load(tokenizer_file(folder), bos_id=cfg.bos_id, eos_id=cfg.eos_id)
     stops = [cfg.eos_id] if is_run(folder) and cfg.eos_id is not None else stop_ids(folder, cfg)
     for prompt in given.prompt:
@@ -70,24 +62,6 @@ def complete(given: argparse.Namespace) -> list[tuple[str, str]]:
         written = list(itertools.takewhile(lambda token: token not in stops, row))
         completions.append((prompt, tokenizer.decode(written, skip_special=True)))
     return completions
-
-
-def load_model(folder: Path, dtype: str, *, use_average: bool) -> tuple[ModelConfig, Variables]:
-    """A model from a training run (it has checkpoints) or from an official folder (it has a config.json only)."""
-    check(folder.is_dir(), f"--model {folder}: is not a folder; give a run dir of train.py or an official folder.")
-    if not is_run(folder):
-        check(not use_average, f"--average needs a run dir of train.py; {folder} is an official folder.")
-        return load_pretrained(folder, dtype=dtype)
-    config, variables = load_variables(folder, use_average=use_average, say=lambda text: print(text, file=sys.stderr))
-    wanted = get_policy(dtype).param_dtype
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), variables["params"])
-    router_state = jax.tree.map(jnp.asarray, variables["router_state"])
-    return from_dict(config["model"], ModelConfig), {"params": params, "router_state": router_state}
-
-
-def is_run(folder: Path) -> bool:
-    """Whether `folder` is a run dir of train.py."""
-    return (folder / "checkpoints").is_dir()
 
 
 def tokenizer_file(folder: Path) -> Path:

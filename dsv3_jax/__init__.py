@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsv3_jax.config.load import load_config
     from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig, YarnConfig
-    from dsv3_jax.interop.pretrained import load_pretrained, save_pretrained
+    from dsv3_jax.interop.load import load_pretrained
+    from dsv3_jax.interop.run_dir import load
+    from dsv3_jax.interop.save import save_pretrained
     from dsv3_jax.model.flax import MLA, DeepSeekV3, MoE
     from dsv3_jax.model.params import abstract_params, init
     from dsv3_jax.model.transformer import forward
@@ -24,6 +26,7 @@ __all__ = [
     "forward",
     "generate",
     "init",
+    "load",
     "load_config",
     "load_pretrained",
     "save_pretrained",
@@ -41,9 +44,10 @@ _HOME = {
     "forward": "dsv3_jax.model.transformer",
     "generate": "dsv3_jax.serving.generate",
     "init": "dsv3_jax.model.params",
+    "load": "dsv3_jax.interop.run_dir",
     "load_config": "dsv3_jax.config.load",
-    "load_pretrained": "dsv3_jax.interop.pretrained",
-    "save_pretrained": "dsv3_jax.interop.pretrained",
+    "load_pretrained": "dsv3_jax.interop.load",
+    "save_pretrained": "dsv3_jax.interop.save",
 }
 
 

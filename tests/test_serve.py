@@ -86,7 +86,7 @@ def test_seed_decides_what_is_sampled(serve, exported, capsys: pytest.CaptureFix
     ("arguments", "says"),
     [
         (["--model", "nowhere", "--prompt", "a"], "is not a folder"),
-        (["--model", "{folder}", "--prompt", "a", "--average"], "needs a run dir"),
+        (["--model", "{folder}", "--prompt", "a", "--average"], "is an official folder, which has no moving average"),
         (["--model", "{folder}", "--prompt", "a", "--max-new-tokens", "1000"], "max_position=64"),
         (["--model", "{folder}", "--prompt", "a", "--top-p", "0", "--max-new-tokens", "4"], "top_p=0.0"),
         (["--model", "{folder}", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),

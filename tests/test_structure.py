@@ -37,6 +37,12 @@ ALLOWED = {
         "dsv3_jax.config",
         "dsv3_jax.model.params",
     ],
+    # a model comes from a run's checkpoint or from an official folder.
+    "dsv3_jax/interop/run_dir.py": [
+        "dsv3_jax.typing",
+        "dsv3_jax.config",
+        "dsv3_jax.training.checkpoint",
+    ],
     # what goes along with the weights is checked by the loader of tokenizers.
     "dsv3_jax/interop/hf_tokenizer.py": [
         "dsv3_jax.typing",

@@ -30,7 +30,8 @@ import rich.table
 from dsv3_jax.bench.machine import describe, peak_memory_gib
 from dsv3_jax.bench.timing import median_ratio, timed
 from dsv3_jax.config.check import UserError, check
-from dsv3_jax.interop.pretrained import load_pretrained, save_pretrained
+from dsv3_jax.interop.load import load_pretrained
+from dsv3_jax.interop.save import save_pretrained
 
 EXIT_USER_ERROR = 2
 

@@ -20,7 +20,8 @@ from dsv3_jax.config.load import from_dict
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.interop.hf_names import ragged_tensor
-from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.interop.load import load_pretrained
+from dsv3_jax.interop.run_dir import is_run
 from dsv3_jax.interop.safetensors_io import INDEX, SINGLE
 from dsv3_jax.interop.save import DTYPES, save_pretrained
 from dsv3_jax.interop.whole_folder import resolve
@@ -54,7 +55,7 @@ def export(
     """
     source = user_path(source)
     check(source.is_dir(), f"{source}: is not a folder; give a run dir of train.py or an official folder.")
-    is_official = not (source / "checkpoints").is_dir() and _has_weights(source)
+    is_official = not is_run(source) and _has_weights(source)
     out = resolve(out_dir)
     check(
         not source.resolve().is_relative_to(out) or (is_official and source.resolve() == out),

@@ -1,4 +1,4 @@
-"""Small models for the tests of checkpoints."""
+"""Small models for the tests of checkpoints, and a run dir that holds some."""
 
 import dataclasses
 import shutil
@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
+from dsv3_jax.config.load import load_config, to_dict
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.hf_names import flatten, unflatten
 from dsv3_jax.model.params import abstract_params
+from dsv3_jax.training.checkpoint import CheckpointFolder
+from dsv3_jax.training.state import TrainState
 from tests.small import make_config
 
 
@@ -35,6 +39,47 @@ def random_variables():
         )
 
     return make
+
+
+@pytest.fixture
+def save_checkpoint(repository):
+    """Saves variables, and their moving average, as a run of `cfg` does."""
+    tiny = load_config(repository / "configs" / "tiny.py")
+
+    def save(run_dir: Path, step: int, cfg: ModelConfig, variables: dict, average: dict | None) -> None:
+        train = dataclasses.replace(tiny.train, seq_len=cfg.max_position)
+        config = to_dict(dataclasses.replace(tiny, model=cfg, train=train, precision="float32"))
+        state = TrainState(variables["params"], variables["router_state"], {}, jnp.zeros(2, jnp.uint32))
+        folder = CheckpointFolder(run_dir / "checkpoints", keep=5)
+        folder.save(step, state, average, {"config": config})
+        folder.wait()
+
+    return save
+
+
+@pytest.fixture
+def run_dir(tmp_path, small, random_variables, save_checkpoint) -> Path:
+    """Two checkpoints with moving averages, and a tokenizer."""
+    for step in (1, 2):
+        average = jax.tree.map(np.asarray, random_variables(small, seed=10 + step)["params"])
+        save_checkpoint(tmp_path / "run", step, small, random_variables(small, seed=step), average)
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["<bos>", "<eos>"], show_progress=False)
+    inner.train_from_iterator(["return x"], trainer)
+    inner.save(str(tmp_path / "run" / "tokenizer.json"))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def damage_newest():
+    """Cuts a byte off the largest file of the run's second checkpoint."""
+
+    def damage(run_dir: Path) -> None:
+        files = (run_dir / "checkpoints" / f"{2:012d}" / "params").rglob("*")
+        file = max(files, key=lambda path: path.stat().st_size)
+        file.write_bytes(file.read_bytes()[:-1])
+
+    return damage
 
 
 @pytest.fixture

@@ -4,52 +4,13 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
 import tokenizers
 
 import dsv3_jax as ds
-from dsv3_jax.config.load import to_dict
 from dsv3_jax.interop.export import export, main
 from dsv3_jax.interop.hf_names import ragged_tensor
-from dsv3_jax.training.checkpoint import CheckpointFolder
-from dsv3_jax.training.state import TrainState
-from dsv3_jax.typing import Variables
-
-
-@pytest.fixture
-def config_of(repository):
-    """Model -> what a checkpoint of a run of that model holds as its configuration."""
-    tiny = ds.load_config(repository / "configs" / "tiny.py")
-
-    def make(model: ds.ModelConfig) -> dict:
-        train = dataclasses.replace(tiny.train, seq_len=model.max_position)
-        return to_dict(dataclasses.replace(tiny, model=model, train=train, precision="float32"))
-
-    return make
-
-
-@pytest.fixture
-def run_dir(tmp_path, small, random_variables, config_of) -> Path:
-    """Two checkpoints with moving averages, and a tokenizer."""
-    folder = CheckpointFolder(tmp_path / "run" / "checkpoints", keep=5)
-    for step in (1, 2):
-        average = jax.tree.map(np.asarray, random_variables(small, seed=10 + step)["params"])
-        folder.save(step, state_of(random_variables(small, seed=step)), average, {"config": config_of(small)})
-    folder.wait()
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["<bos>", "<eos>"], show_progress=False)
-    inner.train_from_iterator(["return x"], trainer)
-    inner.save(str(tmp_path / "run" / "tokenizer.json"))
-    return tmp_path / "run"
-
-
-def state_of(variables: Variables) -> TrainState:
-    return TrainState(variables["params"], variables["router_state"], {}, jnp.zeros(2, jnp.uint32))
 
 
 def test_newest_checkpoint_becomes_a_folder(run_dir, tmp_path, small, random_variables, assert_same_bits):
@@ -68,9 +29,10 @@ def test_moving_average_on_request(run_dir, tmp_path, small, random_variables, a
     assert_same_bits({"bias": variables["router_state"]}, {"bias": random_variables(small, seed=2)["router_state"]})
 
 
-def test_corrupt_newest_checkpoint_falls_back(run_dir, tmp_path, small, random_variables, assert_same_bits, capsys):
-    file = max((run_dir / "checkpoints" / f"{2:012d}" / "params").rglob("*"), key=lambda path: path.stat().st_size)
-    file.write_bytes(file.read_bytes()[:-1])
+def test_corrupt_newest_checkpoint_falls_back(
+    run_dir, damage_newest, tmp_path, small, random_variables, assert_same_bits, capsys
+):
+    damage_newest(run_dir)
     assert main([str(run_dir), str(tmp_path / "out"), "--dtype", "float32"]) == 0
     assert "corrupt" in capsys.readouterr().out
     assert_same_bits(ds.load_pretrained(tmp_path / "out")[1], random_variables(small, seed=1))
@@ -137,20 +99,16 @@ def test_the_released_model_has_one_kind_of_ragged_tensor(small):
     assert ragged_tensor(dataclasses.replace(small, model_dim=128, ffn_dim=100)) is None
 
 
-def test_run_without_an_average(run_dir, tmp_path, small, random_variables, config_of, capsys):
+def test_run_without_an_average(run_dir, tmp_path, small, random_variables, save_checkpoint, capsys):
     shutil.rmtree(run_dir / "checkpoints")
-    folder = CheckpointFolder(run_dir / "checkpoints", keep=1)
-    folder.save(1, state_of(random_variables(small)), None, {"config": config_of(small)})
-    folder.wait()
+    save_checkpoint(run_dir, 1, small, random_variables(small), None)
     assert main([str(run_dir), str(tmp_path / "out"), "--average"]) == 2
     assert "has no average" in capsys.readouterr().err
 
 
-def test_tokenizer_that_does_not_fit_is_refused(run_dir, tmp_path, small, config_of, capsys):
+def test_tokenizer_that_does_not_fit_is_refused(run_dir, tmp_path, small, save_checkpoint, capsys):
     shutil.rmtree(run_dir / "checkpoints")
     tiny = dataclasses.replace(small, vocab_size=8)
-    folder = CheckpointFolder(run_dir / "checkpoints", keep=1)
-    folder.save(1, state_of(ds.init(tiny, jax.random.key(0))), None, {"config": config_of(tiny)})
-    folder.wait()
+    save_checkpoint(run_dir, 1, tiny, ds.init(tiny, jax.random.key(0)), None)
     assert main([str(run_dir), str(tmp_path / "out")]) == 2
     assert "vocab_size=8" in capsys.readouterr().err

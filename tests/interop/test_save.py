@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import dsv3_jax as ds
 from dsv3_jax.config.check import ConfigError, UserError
-from dsv3_jax.interop import fill, pretrained
+from dsv3_jax.interop import fill, load
 from dsv3_jax.interop.hf_names import entries, flatten, official_tensors, unflatten
 from dsv3_jax.interop.safetensors_io import DTYPES, INDEX, SINGLE, CheckpointError, read_folder, read_header
 from dsv3_jax.interop.save import _bytes
@@ -354,7 +354,7 @@ def test_jax_takes_the_loaded_stacks_over_without_a_copy(golden, monkeypatch):
         places.update(array.ctypes.data for array in arrays.values())
         return arrays
 
-    monkeypatch.setattr(pretrained, "zeros", recorded)
+    monkeypatch.setattr(load, "zeros", recorded)
     variables = ds.load_pretrained(golden / "hf" / "tiny_c")[1]
     assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(variables)} == places
 

@@ -16,7 +16,7 @@ import pytest
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.convert import to_official
 from dsv3_jax.interop.hf_names import entries, flatten
-from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.interop.load import load_pretrained
 from dsv3_jax.model.block import Parts, dense_block, moe_block
 from dsv3_jax.model.embedding import embed
 from dsv3_jax.model.mla import Latents, mla

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.interop.load import load_pretrained
 from dsv3_jax.precision.policy import BFLOAT16, FLOAT32
 from dsv3_jax.serving import steps
 from dsv3_jax.serving.paged_steps import PagedCache, empty_pages, paged_decode, paged_prefill

@@ -12,7 +12,7 @@ from dsv3_jax.config.load import from_dict, override, to_dict
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.stored import complete
 from dsv3_jax.interop.export import export
-from dsv3_jax.interop.pretrained import load_pretrained
+from dsv3_jax.interop.load import load_pretrained
 from dsv3_jax.training.checkpoint import _inventory, load_variables
 from dsv3_jax.training.checkpoint_files import HOST, MANIFEST
 from dsv3_jax.training.metrics import Progress

@@ -1,4 +1,4 @@
-"""Official checkpoint folders to variables and back."""
+"""Official checkpoint folders to variables."""
 
 import os
 import sys
@@ -17,12 +17,9 @@ from dsv3_jax.interop.hf_names import flatten, unflatten
 from dsv3_jax.interop.json_file import CheckpointError, read_json
 from dsv3_jax.interop.match import match
 from dsv3_jax.interop.safetensors_io import read_folder
-from dsv3_jax.interop.save import save_pretrained
 from dsv3_jax.model.params import abstract_params
 from dsv3_jax.progress import progress
 from dsv3_jax.typing import Variables
-
-__all__ = ["load_pretrained", "read_config", "save_pretrained"]
 
 
 def load_pretrained(
@@ -47,7 +44,7 @@ def load_pretrained(
         missing, truncated or contradictory file, a missing, unexpected or misshapen tensor, one of a type that is not
         read, missing, negative or infinite scales, or a router bias that is not finite.
     """
-    check(dtype in ("float32", "bfloat16"), f"dtype={dtype!r} cannot be loaded; use 'float32' or 'bfloat16'.")
+    check_dtype(dtype)
     folder = user_path(folder)
     config = read_config(folder)
     block = fp8_block(config)
@@ -64,6 +61,11 @@ def load_pretrained(
             ) from None
         fill(arrays, found, block, advance=advance)
     return cfg, unflatten({path: jax.device_put(arrays.pop(path)) for path in list(arrays)})
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises `ConfigError` unless parameters can be loaded as `dtype`."""
+    check(dtype in ("float32", "bfloat16"), f"dtype={dtype!r} cannot be loaded; use 'float32' or 'bfloat16'.")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
