@@ -50,7 +50,7 @@ def cast_tokens(
         store(values_ref.at[here], values)
         store(scales_ref.at[here], scales)
 
-    values, scales = _kernel(cast, len(tiles), rows, num_sms, interpret)(tiles)
+    values, scales = _kernel(cast, "cast_tokens", len(tiles), rows, num_sms, interpret)(tiles)
     return QTensor(values.reshape(x.shape), scales.reshape(*batch, K // 128))
 
 
@@ -82,7 +82,7 @@ def swiglu_cast(
         store(values_ref.at[pl.ds(first, rows)], values)
         store(scales_ref.at[pl.ds(first, rows)], scales)
 
-    values, scales = _kernel(cast, len(tiles) // 2, rows, num_sms, interpret)(tiles)
+    values, scales = _kernel(cast, "swiglu_cast", len(tiles) // 2, rows, num_sms, interpret)(tiles)
     return QTensor(values.reshape(*batch, F), scales.reshape(*batch, blocks))
 
 
@@ -111,6 +111,7 @@ def cast_blocks(
     values, scales = kernel_over_tiles(
         cast,
         (len(stacked) // 128, K // 128),
+        name="cast_blocks",
         out_type=(
             jax.ShapeDtypeStruct(stacked.shape, jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((len(stacked) // 128, K // 128), jnp.float32),
@@ -146,11 +147,12 @@ def _rows(count: int, what: str, most: int = ROWS[0]) -> int:
     return fitting[0]
 
 
-def _kernel(cast: Callable, count: int, rows: int, num_sms: int | None, interpret: object) -> Callable:
+def _kernel(cast: Callable, name: str, count: int, rows: int, num_sms: int | None, interpret: object) -> Callable:
     """A kernel that makes `count` rows of 128 values and their scales, `rows` in each tile."""
     return kernel_over_tiles(
         cast,
         (count // rows,),
+        name=name,
         out_type=(
             jax.ShapeDtypeStruct((count, 128), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((count,), jnp.float32),

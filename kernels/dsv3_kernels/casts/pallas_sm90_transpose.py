@@ -64,6 +64,7 @@ def requantize_transposed(q: QTensor, *, scale: str, num_sms: int | None = None,
     values, scales = kernel_over_tiles(
         cast,
         (K // TILE, M // TILE),
+        name="requantize_transposed",
         out_type=(
             jax.ShapeDtypeStruct((K, M), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((K, M // 128), jnp.float32),

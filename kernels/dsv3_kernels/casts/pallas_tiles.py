@@ -17,6 +17,7 @@ def kernel_over_tiles(
     cast: Callable[..., None],
     tiles: tuple[int, ...],
     *,
+    name: str,
     out_type: Any,
     num_sms: int | None,
     warpgroups: int = WARPGROUPS,
@@ -26,7 +27,8 @@ def kernel_over_tiles(
     """A kernel in which a warpgroup calls cast(index, *references) for each index below `tiles`.
 
     On all multiprocessors a thread block takes one tile, and the GPU balances them. On `num_sms` so many blocks stay,
-    whose `warpgroups` take tiles in turns. `scratch_types` gives what a warpgroup needs, with leading axes for all.
+    whose `warpgroups` take tiles in turns. `scratch_types` gives what a warpgroup needs, with leading axes for all;
+    profiles show `name`.
     """
     sizes: dict[str, Any] = {"out_type": out_type, "interpret": interpret}
     if num_sms is None:
@@ -35,6 +37,7 @@ def kernel_over_tiles(
         def cast_one(*refs: Any) -> None:
             cast(tuple(lax.axis_index(name) for name in names), *refs)
 
+        cast_one.__name__ = name
         return launch.kernel(cast_one, grid=tiles, grid_names=names, scratch_types=scratch_types(), **sizes)
 
     is_shared = warpgroups > 1
@@ -50,6 +53,7 @@ def kernel_over_tiles(
         def _(info: Any) -> None:
             cast(info.index, *arrays, *own)
 
+    cast_many.__name__ = name
     if is_shared:
         sizes |= {"num_threads": warpgroups, "thread_name": "warpgroup"}
     num_blocks = min(math.prod(tiles), num_sms)

@@ -188,6 +188,7 @@ def forward(
             plgpu.wait_smem_to_gmem(0)
 
     ids = (q_segment_ids, kv_segment_ids) if has_segments else ()
+    body.__name__ = "mla_prefill"
     return launch.kernel(
         body,
         out_type=(jax.ShapeDtypeStruct((B, T, H, V_DIM), q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),

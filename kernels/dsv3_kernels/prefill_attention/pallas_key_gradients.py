@@ -140,6 +140,7 @@ def key_gradients(
 
     q_positions = q_starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
     ids = (q_segment_ids, kv_segment_ids) if has_segments else ()
+    body.__name__ = "mla_prefill_key_gradients"
     return backward_kernel(
         body,
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),

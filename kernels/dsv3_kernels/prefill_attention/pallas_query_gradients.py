@@ -123,6 +123,7 @@ def query_gradients(
             plgpu.wait_smem_to_gmem(0)
 
     ids = (q_segment_ids, kv_segment_ids) if has_segments else ()
+    body.__name__ = "mla_prefill_query_gradients"
     return backward_kernel(
         body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
