@@ -13,7 +13,7 @@ import resource
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jax
@@ -70,9 +70,19 @@ def write_reports(case: "AotCase", folder: Path) -> None:
 
 
 def compile_case(case: "AotCase") -> "jax.stages.Compiled":
-    """The function of `case` compiled for sm_90a through a topology that has one H100.
+    """The function of `case` compiled for sm_90a.
 
     Raises: whatever lowering or compiling raises, such as ValueError for too much shared memory.
+    """
+    import jax
+
+    return jax.jit(case.function).lower(*on_h100(case.args)).compile()
+
+
+def on_h100(arguments: Any) -> Any:
+    """The shapes and dtypes of a tree of arguments, on an H100 that is not here: `jit(f).lower` compiles for it.
+
+    Raises: RuntimeError where jax has no plugin for CUDA.
     """
     import jax
     from jax.experimental import topologies
@@ -80,8 +90,7 @@ def compile_case(case: "AotCase") -> "jax.stages.Compiled":
     target = importlib.resources.files("dsv3_kernels.aot").joinpath("h100_sxm.txtpb").read_text(encoding="utf-8")
     topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=target)
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    args = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=device), case.args)
-    return jax.jit(case.function).lower(*args).compile()
+    return jax.tree.map(lambda arg: jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=device), arguments)
 
 
 def describe_memory(compiled: "jax.stages.Compiled") -> str:

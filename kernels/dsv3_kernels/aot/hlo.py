@@ -20,22 +20,22 @@ def launches(hlo: str) -> Counter[str]:
     What loops and branches hold is counted once. Operations that only name memory start nothing; an asynchronous one
     counts where it starts.
     """
-    computations = _computations(hlo)
+    texts = computations(hlo)
     found: Counter[str] = Counter()
     pending = ["ENTRY"]
     while pending:
-        for line in computations[pending.pop()].splitlines():
-            opcode = _opcode(line)
-            if opcode in _CONTROL:
+        for line in texts[pending.pop()].splitlines():
+            operation = opcode(line)
+            if operation in _CONTROL:
                 pending += _CALLED.findall(line)
                 pending += [name.strip(" %") for names in _BRANCHES.findall(line) for name in names.split(",")]
-            elif opcode is not None and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+            elif operation is not None and operation not in _FREE and not operation.endswith(("-done", "-update")):
                 is_kernel = 'custom_call_target="mosaic_gpu' in line
-                found[KERNEL if is_kernel else opcode.removesuffix("-start")] += 1
+                found[KERNEL if is_kernel else operation.removesuffix("-start")] += 1
     return found
 
 
-def _computations(hlo: str) -> dict[str, str]:
+def computations(hlo: str) -> dict[str, str]:
     """The instructions of each computation, by its name; those of the whole program by "ENTRY"."""
     heads = list(_COMPUTATION.finditer(hlo))
     if not any(head[1] for head in heads):
@@ -43,13 +43,13 @@ def _computations(hlo: str) -> dict[str, str]:
     return {"ENTRY" if head[1] else head[2]: hlo[head.end() : hlo.index("\n}", head.end())] for head in heads}
 
 
-def _opcode(line: str) -> str | None:
+def opcode(line: str) -> str | None:
     """The operation of `%name = type operation(...)`, or None where there is none; types may be tuples of types."""
     _, equals, right = line.partition(" = ")
     depth = 0
     for index, letter in enumerate(right):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == " " and depth == 0:
-            opcode = re.match(r"[\w-]+", right[index + 1 :])
-            return opcode[0] if equals and opcode else None
+            operation = re.match(r"[\w-]+", right[index + 1 :])
+            return operation[0] if equals and operation else None
     return None
