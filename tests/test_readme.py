@@ -1,27 +1,227 @@
-"""The Python examples of the README run as they stand."""
+"""Every fenced block of every README runs, as if a reader typed the page from top to bottom.
 
+- ```python``` blocks of one README share one namespace, in order. A block whose first line is a comment naming a file
+  (`# my_router.py`) is also written to that file, for the commands below it.
+- ```sh``` blocks: every line is a command and runs in this process, with status 0; of `CHECKED` only that program and
+  flags exist, of `make` only the target. `SHORTER` adds arguments that make a command short; `SLOW` runs in slow tests.
+- ```text``` and ```mermaid``` blocks are pictures; there is no other kind.
+
+All happens in an empty folder in which the paths that examples name exist: the sources, `path/to/folder` (a little
+text), `DeepSeek-V3` (a small official folder), `tokenizer.json`, and `configs/`, where the two files that are trained
+here, `tiny.py` and `bench_30m.py`, are the midget of `tests/training`.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
 import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.interop.save import save_pretrained
+from tests.small import make_config, make_variables
+
+ROOT = Path(__file__).parents[1]
+READMES = {
+    path.relative_to(ROOT).as_posix(): path
+    for path in (
+        ROOT / "README.md",
+        *(p for top in ("configs", "dsv3_jax", "kernels", "tests") for p in (ROOT / top).rglob("README.md")),
+    )
+}
+FENCED = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+# Commands of which only the flags are checked, and why. The key is a part of the line.
+CHECKED = {
+    "-m dsv3_kernels.check": "needs a GPU",
+    "-m dsv3_kernels.bench": "needs a GPU",
+    "-m dsv3_kernels.tuning": "needs a GPU, or writes into the repository (--model)",
+    "--peer": "needs transformers under another Python",
+}
+# What makes a command short.
+SHORTER = {
+    "python train.py": "--set train.total_tokens=128 data.heldout_fraction=0.2",
+    "-m dsv3_jax.bench.train": "--rounds 1",
+    "-m dsv3_jax.bench.precision": "--steps 2 --seeds 0 --set data.paths=path/to/folder data.heldout_fraction=0.2",
+    "python serve.py": "--max-new-tokens 4",
+}
+# What takes more than a few seconds even so.
+SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench.precision")
 
 
-@pytest.mark.usefixtures("compile_quickly")
-@pytest.mark.parametrize("code", BLOCKS, ids=[f"block{number}" for number in range(len(BLOCKS))])
-def test_example_runs(code: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "configs").symlink_to(repository / "configs")
+class Block(NamedTuple):
+    """A fenced block, and the line it begins at."""
+
+    language: str
+    code: str
+    line: int
+
+
+def blocks(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    return [Block(m[2], m[3], text.count("\n", 0, m.start()) + 1) for m in FENCED.finditer(text)]
+
+
+def commands(code: str) -> list[str]:
+    lines = code.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+ALL_COMMANDS = [
+    (name, command)
+    for name, path in READMES.items()
+    for block in blocks(path)
+    if block.language == "sh"
+    for command in commands(block.code)
+]
+WITH_SLOW = sorted({name for name, command in ALL_COMMANDS if any(part in command for part in SLOW)})
+
+
+@pytest.fixture
+def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile_quickly: None) -> Path:
+    """A folder with what the examples name, which is the current one."""
+    for name in ("train.py", "serve.py", "dsv3_jax", "kernels", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "configs").mkdir()
+    for file in (ROOT / "configs").glob("*.py"):
+        (tmp_path / "configs" / file.name).symlink_to(file)
+    for name in ("tiny.py", "bench_30m.py"):
+        (tmp_path / "configs" / name).unlink()
+        (tmp_path / "configs" / name).write_text("from tests.training.midget import get_config\n")
+    text = tmp_path / "path" / "to" / "folder"
+    text.mkdir(parents=True)
+    for number in range(6):
+        (text / f"{number}.py").write_text(f"def f{number}(x):\n    return x * {number}\n" * 40)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(README), "exec"), {"__name__": "readme"})
+    return tmp_path
 
 
-def test_there_are_examples() -> None:
-    assert len(BLOCKS) == 2
+@pytest.fixture
+def official(typed: Path) -> None:
+    """A small model in the official format, and a tokenizer that fits it."""
+    texts = (file.read_text() for file in sorted((typed / "path" / "to" / "folder").iterdir()))
+    (typed / "tokenizer.json").write_text(tokenizers.train(texts, vocab_size=300).to_json())
+    cfg = make_config(vocab_size=300)
+    save_pretrained(typed / "DeepSeek-V3", cfg, make_variables(cfg), "bfloat16", tokenizer=typed / "tokenizer.json")
 
 
-def test_named_folders_and_programs_exist(repository: Path) -> None:
-    text = README.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:dsv3_jax|configs|kernels|tests)/[\w/.]*|\w+\.py)`", text):
-        assert (repository / name).exists(), f"README names {name}"
+@pytest.mark.usefixtures("official")
+@pytest.mark.parametrize("name", READMES)
+def test_blocks_run(name: str) -> None:
+    run(READMES[name], leave_out=SLOW)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("official")
+@pytest.mark.parametrize("name", WITH_SLOW)
+def test_blocks_run_with_the_slow_ones(name: str) -> None:
+    run(READMES[name], leave_out=())
+
+
+def run(readme: Path, *, leave_out: tuple[str, ...]) -> None:
+    """Runs the blocks of a README but for commands that contain one of `leave_out`."""
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks(readme):
+        where = f"{readme}:{block.line}"
+        if block.language == "python":
+            named = re.match(r"# (\w+\.py)\b", block.code)
+            if named:
+                Path(named[1]).write_text(block.code)
+            exec(compile("\n" * block.line + block.code, str(readme), "exec"), namespace)
+        elif block.language == "sh":
+            for command in commands(block.code):
+                if not any(part in command for part in leave_out):
+                    status = run_command(command)
+                    assert status == 0, f"{where}: status {status} of {command}"
+
+
+def run_command(command: str) -> int:
+    """The status of one line of a shell, run in this process."""
+    added = " ".join(more for part, more in SHORTER.items() if part in command)
+    program, *arguments = shlex.split(command, comments=True) + shlex.split(added)
+    while "=" in program:
+        program, *arguments = arguments  # PYTHONPATH=kernels: the tests' path has it
+    if program == "export":
+        return 0
+    if program == "make":
+        return check_target(arguments)
+    assert program == "python", f"{command}: teach tests/test_readme.py to run this, or mark the block as text"
+    if arguments[0] == "-c":
+        exec(arguments[1], {})
+        return 0
+    main, arguments = entry(arguments)
+    if any(part in command for part in CHECKED):
+        with only_parsed():
+            main(arguments)
+        return 0
+    return main(arguments)
+
+
+def entry(arguments: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
+    """The function that the interpreter with these arguments runs, and its arguments."""
+    if arguments[0] != "-m":
+        assert (ROOT / arguments[0]).is_file()
+        return importlib.import_module(Path(arguments[0]).stem).main, arguments[1:]
+    module = importlib.import_module(arguments[1])
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{arguments[1]}.__main__")
+    return module.main, arguments[2:]
+
+
+@contextlib.contextmanager
+def only_parsed() -> Iterator[None]:
+    """Ends a program once its command line was understood."""
+
+    class Understood(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_end(parser: argparse.ArgumentParser, *given: Any) -> None:
+        parse(parser, *given)
+        raise Understood
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Understood):
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+        yield
+
+
+def check_target(arguments: list[str]) -> int:
+    """0 if the Makefile has this target and reads these variables."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for argument in arguments:
+        variable, is_variable, _ = argument.partition("=")
+        pattern = rf"\$\({variable}\)" if is_variable else rf"^{argument}:.*## "
+        if not re.search(pattern, makefile, re.MULTILINE):
+            return 2
+    return 0
+
+
+def test_every_block_says_what_it_is() -> None:
+    for name, path in READMES.items():
+        fences = re.findall(r"^ *```", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(fences) == 2 * len(blocks(path)), f"{name}: a fence is not closed"
+        kinds = {block.language for block in blocks(path)}
+        assert kinds <= {"python", "sh", "text", "mermaid"}, f"{name}: {kinds}"
+
+
+def test_no_exception_outlives_its_command() -> None:
+    for part in (*CHECKED, *SHORTER, *SLOW):
+        assert any(part in command for _, command in ALL_COMMANDS), f"no README has {part!r}"
+
+
+def test_folders_and_programs_that_are_named_exist() -> None:
+    for name, path in READMES.items():
+        text = path.read_text(encoding="utf-8")
+        for named in re.findall(r"`((?:dsv3_jax|configs|kernels|tests)/[\w/.]*)`", text):
+            assert (ROOT / named).exists(), f"{name} names {named}"
+        for module in re.findall(r"`python -m ([\w.]+)", text):
+            assert importlib.util.find_spec(module), f"{name} names {module}"
