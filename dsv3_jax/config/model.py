@@ -2,6 +2,7 @@
 
 The defaults are the released 671B model; a smaller one is `dataclasses.replace` away.
 Every dimension that contradicts another is refused here, so nothing below has to check.
+"HF" names the keys of an official config.json that state the same.
 """
 
 import dataclasses
@@ -14,17 +15,22 @@ from dsv3_jax.config.check import check, check_finite
 class YarnConfig:
     """YaRN context extension (arXiv 2309.00071; report section 4.3).
 
-    `factor` is the paper's s, `beta_fast` its β, `beta_slow` its α; where both are equal (Kimi-K2) the blend of slow
-    and fast pairs is one step. Applied at all lengths, as in the released weights, not only past
-    `original_max_position`.
+    Applied at all lengths, as in the released weights, not only past `original_max_position`.
     """
 
     factor: float = 40.0
+    """The paper's s. HF: rope_scaling.factor"""
     original_max_position: int = 4096
+    """HF: rope_scaling.original_max_position_embeddings"""
     beta_fast: float = 32.0
+    """The paper's β; equal to `beta_slow` (Kimi-K2), the blend of slow and fast pairs is one step.
+    HF: rope_scaling.beta_fast"""
     beta_slow: float = 1.0
+    """The paper's α. HF: rope_scaling.beta_slow"""
     mscale: float = 1.0
+    """HF: rope_scaling.mscale"""
     mscale_all_dim: float = 1.0
+    """HF: rope_scaling.mscale_all_dim"""
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -43,18 +49,20 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention (report section 2.1.1).
-
-    Paper symbols: n_h `num_heads`, d'_c `q_latent_dim` (None: one full query matrix, as in V2-Lite),
-    d_c `kv_latent_dim`, d_h `nope_head_dim` and `v_head_dim`, d_h^R `rope_head_dim`.
-    """
+    """Multi-head latent attention (report section 2.1.1)."""
 
     num_heads: int = 128
+    """The paper's n_h. HF: num_attention_heads, num_key_value_heads"""
     q_latent_dim: int | None = 1536
+    """The paper's d'_c; None: one full query matrix, as in V2-Lite. HF: q_lora_rank"""
     kv_latent_dim: int = 512
+    """The paper's d_c. HF: kv_lora_rank"""
     nope_head_dim: int = 128
+    """The paper's d_h, of queries and keys without rope. HF: qk_nope_head_dim"""
     rope_head_dim: int = 64
+    """The paper's d_h^R. HF: qk_rope_head_dim"""
     v_head_dim: int = 128
+    """The paper's d_h, of values. HF: v_head_dim"""
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -66,7 +74,7 @@ class MLAConfig:
         )
         check(
             self.rope_head_dim % 2 == 0,
-            f"rope_head_dim={self.rope_head_dim} is odd, but rope turns pairs; use an even number (MLAConfig).",
+            f"rope_head_dim={self.rope_head_dim} is odd, but rope rotates pairs; use an even number (MLAConfig).",
         )
 
     @property
@@ -76,25 +84,29 @@ class MLAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """DeepSeekMoE (report sections 2.1.2).
-
-    Paper symbols: N_r `num_experts`, N_s `num_shared_experts`, K_r `top_k`. Experts lie in `num_groups`
-    equal groups (one a node), of which a token may use `groups_per_token` (the paper's M).
-    `scale` is the released `routed_scaling_factor`; the report does not print it.
-    `has_bias`: choice is steered by a bias and groups are ranked by the sum of their two best experts
-    (V3, `noaux_tc`); without it groups are ranked by their best expert (V2).
-    """
+    """DeepSeekMoE (report section 2.1.2)."""
 
     num_experts: int = 256
+    """The paper's N_r. HF: n_routed_experts"""
     num_shared_experts: int = 1
+    """The paper's N_s. HF: n_shared_experts"""
     top_k: int = 8
+    """The paper's K_r. HF: num_experts_per_tok"""
     expert_dim: int = 2048
+    """Width of an expert. HF: moe_intermediate_size"""
     num_groups: int = 8
+    """Experts lie in equal groups, one a node. HF: n_group"""
     groups_per_token: int = 4
+    """Groups that a token may use, the paper's M. HF: topk_group"""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What makes affinities of logits. HF: scoring_func"""
     normalize_weights: bool = True
+    """Weights of the chosen experts sum to `scale`. HF: norm_topk_prob"""
     has_bias: bool = True
+    """A bias steers the choice, and groups are ranked by the sum of their two best experts (V3, "noaux_tc"); without
+    it groups are ranked by their best expert (V2). HF: topk_method"""
     scale: float = 2.5
+    """Not printed in the report. HF: routed_scaling_factor"""
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -133,31 +145,38 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything the model's functions read. The defaults are DeepSeek-V3 (671B).
-
-    The first `num_dense_layers` of `num_layers` have a dense feed-forward of width `ffn_dim`, the rest `moe`.
-    `mtp_depth` multi-token-prediction modules follow (paper: D). `latent_norm_eps` is fixed at 1e-6 in the
-    released code whatever `norm_eps` says. Weights start as N(0, `init_std`²) (report section 4.2).
-    `bos_id` None: texts begin without a mark, so their first token is not predicted. `eos_id` None: nothing ends a
-    text; such a model generates on, and is not trained here.
-    """
+    """Everything the model's functions read. The defaults are DeepSeek-V3 (671B)."""
 
     vocab_size: int = 129280
+    """HF: vocab_size"""
     model_dim: int = 7168
+    """The paper's d. HF: hidden_size"""
     num_layers: int = 61
+    """Without MTP modules. HF: num_hidden_layers"""
     num_dense_layers: int = 3
+    """The first layers, whose feed-forward is dense; the others have `moe`. HF: first_k_dense_replace"""
     ffn_dim: int = 18432
+    """Width of a dense feed-forward. HF: intermediate_size"""
     mla: MLAConfig = MLAConfig()
     moe: MoEConfig = MoEConfig()
     mtp_depth: int = 1
+    """Modules of multi-token prediction, the paper's D. HF: num_nextn_predict_layers"""
     max_position: int = 163840
+    """HF: max_position_embeddings"""
     rope_theta: float = 10000.0
+    """HF: rope_theta"""
     yarn: YarnConfig | None = YarnConfig()
+    """None: no extension. HF: rope_scaling"""
     norm_eps: float = 1e-6
+    """HF: rms_norm_eps"""
     latent_norm_eps: float = 1e-6
+    """Of the norms of latents; the released code has 1e-6 there, whatever `norm_eps` is. HF: none"""
     init_std: float = 0.006
+    """Weights start as N(0, `init_std`²) (report section 4.2). HF: initializer_range"""
     bos_id: int | None = 0
+    """None: texts begin without a mark, so their first token is not predicted. HF: bos_token_id"""
     eos_id: int | None = 1
+    """None: nothing ends a text; such a model generates on, and is not trained here. HF: eos_token_id"""
 
     def __post_init__(self) -> None:
         check_finite(self)

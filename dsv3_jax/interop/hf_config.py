@@ -20,7 +20,7 @@ _FIXED = {
     "tie_word_embeddings": (False, "our output head has its own weights"),
     "moe_layer_freq": (1, "every layer after first_k_dense_replace is a mixture of experts here"),
     "hidden_act": ("silu", "our feed-forward is SwiGLU"),
-    "rope_interleave": (True, "our rope turns neighbours (2i, 2i+1), as the released weights are stored"),
+    "rope_interleave": (True, "our rope rotates neighbours (2i, 2i+1), as the released weights are stored"),
 }
 """Keys with one value that we can represent, which is also the meaning of a missing key."""
 
