@@ -51,7 +51,7 @@ SHORTER = {
     "python serve.py": "--max-new-tokens 4",
 }
 # What takes more than a few seconds even so.
-SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench.precision")
+SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench")
 
 
 class Block(NamedTuple):
