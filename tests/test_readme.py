@@ -47,7 +47,7 @@ CHECKED = {
 SHORTER = {
     "python train.py": "--set train.total_tokens=128 data.heldout_fraction=0.2",
     "-m dsv3_jax.bench.train": "--rounds 1 --set model.moe.num_groups=1 model.moe.groups_per_token=1",
-    "-m dsv3_jax.bench.precision": "--steps 2 --seeds 0 --set data.paths=path/to/folder data.heldout_fraction=0.2",
+    "-m dsv3_jax.bench.precision": "--steps 2 --seeds 0 --arms bf16 --set data.paths=path/to/folder data.heldout_fraction=0.2",
     "python serve.py": "--max-new-tokens 4",
 }
 # What takes more than a few seconds even so.
