@@ -33,7 +33,7 @@ GPU_VENV := $(VENV)-gpu
 GPU_STAMP := $(GPU_VENV)/.installed
 GPU_PACKAGES := "jax[cuda13]; python_version >= '3.12'" "jax[cuda12]; python_version < '3.12'" jaxtyping ml_dtypes numpy
 
-# Compiled XLA programs are kept between runs.
+# Compiled XLA programs are stored between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 help: ## this list

@@ -240,7 +240,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 HELP = """what the run dir holds:
   config.json      the resolved configuration        metrics.jsonl   one line a step (loss, load, speed, …)
   checkpoints/     the newest few, each checked      heldout.jsonl   one line an evaluation
-  tensorboard/     the same numbers to look at       training.png    loss, bits per byte, expert load
+  tensorboard/     the same values to look at       training.png    loss, bits per byte, expert load
   tokenizer.json   the tokenizer                     hf/             for transformers, vLLM, load_pretrained
 
 stopping: Ctrl-C, SIGTERM or a closed terminal saves and leaves, in the middle of anything; Ctrl-C or SIGTERM again

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=4, help="sequences a step")
     parser.add_argument("--bias-speed", type=float, default=0.01)
-    parser.add_argument("--run-dir", help="keep the prepared data here")
+    parser.add_argument("--run-dir", help="store the prepared data here")
     parser.add_argument("--out", default="balance.png")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)

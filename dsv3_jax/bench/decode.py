@@ -68,7 +68,7 @@ def measure(
 
     `tokens_per_s` counts new tokens over the whole call; for prefill, prompt tokens. `ratio` is the median over rounds
     of the peer's seconds by ours; above 1 means that we are faster. `roofline` is the share of the physical limit: the
-    weights that a step must read, over its time, by `memory_gbytes_per_s`, what a matrix-vector product reads here.
+    weights that a step must read, over its time, by `memory_gbytes_per_s`, what a matrix-vector multiplication reads here.
 
     Raises:
         UserError: lengths beyond the model, or a peer that cannot run.
@@ -140,11 +140,11 @@ def weight_bytes_per_step(cfg: ModelConfig, batch: int, bytes_per_weight: int) -
 
 
 def measure_memory_rate(size: int = 8192, repeats: int = 5) -> float:
-    """Bytes a second that a float32 matrix-vector product of 256 MiB reads; the best of `repeats`."""
+    """Bytes a second that a float32 matrix-vector multiplication of 256 MiB reads; the best of `repeats`."""
     matrix, vector = jnp.ones((size, size), jnp.float32), jnp.ones(size, jnp.float32)
-    product = jax.jit(lambda vector, matrix: vector @ matrix)
-    timed(lambda: product(vector, matrix))
-    return matrix.nbytes / min(timed(lambda: product(vector, matrix)) for _ in range(repeats))
+    multiply = jax.jit(lambda vector, matrix: vector @ matrix)
+    timed(lambda: multiply(vector, matrix))
+    return matrix.nbytes / min(timed(lambda: multiply(vector, matrix)) for _ in range(repeats))
 
 
 def _print_table(result: dict[str, Any]) -> None:

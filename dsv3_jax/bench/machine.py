@@ -1,4 +1,4 @@
-"""What a measurement ran on: processor, versions, commit, memory, and the rate of a large matrix product."""
+"""What a measurement ran on: processor, versions, commit, memory, and the rate of a large matmul."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ from dsv3_jax.typing import DType
 
 
 def describe(dtype: DType) -> dict[str, Any]:
-    """Device, versions, commit, and `matmul_gflops`: what a large product in `dtype` reaches here and now."""
+    """Device, versions, commit, and `matmul_gflops`: what a large matmul in `dtype` reaches here and now."""
     device = jax.devices()[0]
     return {
         "device": _cpu_name() if device.platform == "cpu" else device.device_kind,

@@ -15,7 +15,7 @@ from dsv3_jax.interop.hf_config import to_hf
 class Peer:
     """A running `peer.py`: the shape of `cfg` in transformers' DeepseekV3ForCausalLM, float32.
 
-    `built` says parameters and versions. The process sleeps between requests.
+    `built` holds parameters and versions. The process sleeps between requests.
     """
 
     def __init__(self, python: str, cfg: ModelConfig, *, batch: int, seq_len: int, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Speed of a training step: forward, backward and AdamW, the very step that `train.py` runs.
+"""Speed of a training step: forward, backward and AdamW, the step that `train.py` runs.
 
     python -m dsv3_jax.bench.train configs/bench_30m.py
     python -m dsv3_jax.bench.train configs/bench_30m.py --experts 64
@@ -63,7 +63,7 @@ def measure(
     """What `--json` prints. Ratios are medians over rounds of seconds by seconds; above 1 means that we are faster.
 
     Raises:
-        UserError: impossible numbers of experts, or a peer that cannot run.
+        UserError: an impossible number of experts, or a peer that cannot run.
     """
     batch, seq_len = cfg.train.batch.micro, cfg.train.seq_len
     tokens = batch * seq_len

@@ -14,7 +14,7 @@ class DataConfig:
     .json (a record) and .parquet (a row), the text of the last three in `text_field`; all but .parquet also as .gz
     and .zst; empty: the standard library's own sources.
     `on_bad_file`: "skip" leaves out and counts what cannot be read, "error" stops at it.
-    `heldout_fraction`: share of the documents kept for evaluation, chosen by the hash of their content.
+    `heldout_fraction`: share of the documents held out for evaluation, chosen by the hash of their content.
 
     Tokenizer. `tokenizer`: a tokenizer.json (or its folder); None trains a byte-level BPE with as many entries as
     `ModelConfig.vocab_size` on at most `tokenizer_sample_bytes` of the training documents.
@@ -23,11 +23,11 @@ class DataConfig:
     `token_split_rate`: share of the tokens joining a mark with a line break that are split in two (same section,
     which does not state the share).
     `document_mask`: False joins documents and cuts them into rows, labels running over the joints (the report's
-    pre-training); True keeps documents of one row apart by segment ids (its fine-tuning).
-    `shuffle_rows`: window, in rows, over which rows are shuffled after packing; 1 turns it off.
+    pre-training); True separates documents of one row by segment ids (its fine-tuning).
+    `shuffle_rows`: window, in rows, over which rows are shuffled after packing; 1 = off.
 
     Reading. `cache_dir`: folder of the tokenised shards, to share them between runs; None: `RUN_DIR/data`.
-    `prefetch_batches`: batches made ahead by a thread; 0 turns it off.
+    `prefetch_batches`: batches made ahead by a thread; 0 = off.
     `heldout_overlap`: share of an evaluation window that repeats its predecessor as context only.
     """
 

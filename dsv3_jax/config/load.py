@@ -1,4 +1,4 @@
-"""Reads a configuration file, applies `--set` overrides, and turns configurations into JSON.
+"""Reads a configuration file, applies `--set` overrides, and writes configurations as JSON.
 
 A file is Python with `get_config() -> RunConfig`. Overrides name a field by its path (`train.lr.peak=1e-3`); they are
 applied together before validation, so that fields which only make sense together can change together.
@@ -84,7 +84,7 @@ def _run_config(path: Path, source: bytes) -> RunConfig:
 
 
 def _reason(error: BaseException) -> str:
-    """What `error` says, in one line."""
+    """The message of `error`, in one line."""
     said = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
     return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
 
@@ -120,7 +120,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def from_dict(tree: Mapping[str, Any], cls: Any = RunConfig) -> Any:
-    """The configuration of class `cls` that `to_dict` turned into `tree`.
+    """The configuration of class `cls` of which `to_dict` made `tree`.
 
     Raises:
         ConfigError: a key missing or unknown, a value of the wrong type, or contradictory fields.

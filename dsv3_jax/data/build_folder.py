@@ -92,7 +92,7 @@ def prepare(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs `prepare` from the command line; 2 on an error the user can mend."""
+    """Runs `prepare` from the command line; 2 for a user error."""
     parser = argparse.ArgumentParser(prog="python -m dsv3_jax.data.build_folder", description=__doc__)
     add_config_arguments(parser, "--config")
     parser.add_argument("--run-dir", required=True, help="folder of the run; the data goes to its data/")

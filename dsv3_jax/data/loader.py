@@ -36,7 +36,7 @@ def make_train_iterator(
     """Endless batches of `batch_size` rows with labels of every depth, reshuffled every epoch.
 
     `get_state()` is small JSON; `set_state` of it, in a fresh iterator made with the same arguments, continues with
-    the very next batch, bit for bit. What happens to a document depends on (seed, document, epoch) only. Process i of
+    the next batch, bit for bit. What happens to a document depends on (seed, document, epoch) only. Process i of
     n reads every n-th document of each epoch's order; `batch_size` is this process's. Call `close()` at the end.
 
     Raises:

@@ -18,7 +18,7 @@ def as_document(tokens: Int[np.ndarray, "N"], *, bos_id: int | None, eos_id: int
 def join_and_cut(documents: Sequence[Int[np.ndarray, "_"]], seq_len: int) -> Int[np.ndarray, "rows T_plus_1"]:
     """Joins documents into one stream and cuts it into rows of `seq_len` + 1 tokens (the report's pre-training).
 
-    The last token of a row is the first of the next, so every token but the very first is a label exactly once.
+    The last token of a row is the first of the next, so every token but the first of all is a label exactly once.
     A tail shorter than a row is left out. The plain twin of `rows.JoinedRows`, which streams.
     """
     stream = np.concatenate(documents).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Shards: arrays of varying length kept in a few plain .npy files, read through memory maps."""
+"""Shards: arrays of varying length stored in a few plain .npy files, read through memory maps."""
 
 import dataclasses
 import hashlib

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 _PANEL_ROWS = 16
-"""Rows turned at once: a panel's columns fill cache lines, which makes a large matrix up to five times faster."""
+"""Rows transposed at once: a panel's columns fill cache lines, which makes a large matrix up to five times faster."""
 
 
 def official_shape(shape: tuple[int, ...], input_axes: int) -> tuple[int, ...]:

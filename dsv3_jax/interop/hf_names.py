@@ -85,7 +85,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
 
 
 class Entry(NamedTuple):
-    """One official tensor: `ours[path][index]`, brought to the order of dimensions that `input_axes` tells.
+    """One official tensor: `ours[path][index]`, brought to the order of dimensions that `input_axes` gives.
 
     `shape` is the official one; `is_copy` marks what an MTP module repeats of the main model.
     """

@@ -1,4 +1,4 @@
-"""The files beside the weights that tell other programs how texts become ids, and when to stop."""
+"""The files beside the weights from which other programs know how texts become ids, and when to stop."""
 
 import json
 from pathlib import Path

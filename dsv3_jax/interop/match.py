@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
 
 class Match(NamedTuple):
-    """What is loaded. `left_out` says why MTP modules are not, and is empty when nothing was left out."""
+    """What is loaded. `left_out`: why MTP modules are not; empty when nothing was left out."""
 
     cfg: ModelConfig
     found: list[Found]

@@ -65,7 +65,7 @@ def save_pretrained(
             generation_config.json and the ids that config.json names go along as they are.
         with_mtp: whether MTP modules are written; without them the main model alone is.
         check_stop: called after every piece of some megabytes; what it raises ends the export, which leaves nothing.
-    Raises: `ConfigError` when `cfg` has no official form, `variables` do not fit it, or `folder` is in use;
+    Raises: `ConfigError` when `cfg` has no official format, `variables` do not fit it, or `folder` is in use;
         `CheckpointError` when the disk is full or refuses. Then nothing of the export is left, and what was there is.
     """
     check(dtype in DTYPES, f"dtype={dtype!r} cannot be saved; use one of {', '.join(DTYPES)}.")
@@ -138,7 +138,7 @@ def _tensors(leaves: dict[str, Any], shard: list[_Item]) -> Iterator[tuple[str, 
         quantised = quantize_tiles(to_official(ours, entry.input_axes), tile=FP8_BLOCK)
         if not np.isfinite(quantised.scales).all():
             raise ConfigError(
-                f"{entry.key}: holds a NaN or infinity, which FP8 blocks would spread over 128x128 numbers; "
+                f"{entry.key}: holds a NaN or infinity, which FP8 blocks would spread over 128x128 elements; "
                 "export a finite checkpoint, or look at this one in dtype='float32'."
             )
         for (name, _, _), array in zip(stored, quantised, strict=True):

@@ -1,7 +1,7 @@
 """A folder that appears under its name whole or not at all.
 
 It is filled under a hidden name beside, `.NAME.partial-*`, fsynced, then renamed; what was there is moved aside first,
-as `.NAME.old-*`. A folder that cannot be renamed (a mount point, the current folder) keeps its place and gets new
+as `.NAME.old-*`. A folder that cannot be renamed (a mount point, the current folder) stays in place and gets new
 contents. A process that was killed leaves those hidden folders; nothing reads them.
 """
 

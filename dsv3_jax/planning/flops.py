@@ -1,6 +1,6 @@
 """Floating-point operations a token costs, counted from the model's shape.
 
-A matrix product of m·k·n multiply-adds counts 2·m·k·n. Norms, softmax, rope, routing and the optimizer are left out,
+A matmul of m·k·n multiply-adds counts 2·m·k·n. Norms, softmax, rope, routing and the optimizer are left out,
 as is usual for model-FLOPs utilisation. Attention is causal: a token sees half of the sequence on average.
 """
 

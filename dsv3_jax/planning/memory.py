@@ -200,7 +200,7 @@ def everything(cfg: ModelConfig, *, rows: int, seq_len: int, is_moe: bool) -> st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for what the user can mend."""
+    """The command line; returns the exit code, 2 for a user error."""
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_jax.planning.memory", description="What a layer keeps for its backward pass."
     )

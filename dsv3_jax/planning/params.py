@@ -191,7 +191,7 @@ def table(name: str, counted: ParameterReport) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for what the user can mend."""
+    """The command line; returns the exit code, 2 for a user error."""
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_jax.planning.params", description="Counts the parameters of a configuration."
     )
