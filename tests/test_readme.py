@@ -27,13 +27,9 @@ from dsv3_jax.interop.save import save_pretrained
 from tests.small import make_config, make_variables
 
 ROOT = Path(__file__).parents[1]
-READMES = {
-    path.relative_to(ROOT).as_posix(): path
-    for path in (
-        ROOT / "README.md",
-        *(p for top in ("configs", "dsv3_jax", "kernels", "tests") for p in (ROOT / top).rglob("README.md")),
-    )
-}
+FOLDERS = ("configs", "dsv3_jax", "kernels", "tests")
+FOUND = [ROOT / "README.md", *(found for top in FOLDERS for found in sorted((ROOT / top).rglob("README.md")))]
+READMES = {path.relative_to(ROOT).as_posix(): path for path in FOUND}
 FENCED = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 # Commands of which only the flags are checked, and why. The key is a part of the line.
@@ -47,7 +43,7 @@ CHECKED = {
 SHORTER = {
     "python train.py": "--set train.total_tokens=128 data.heldout_fraction=0.2",
     "-m dsv3_jax.bench.train": "--rounds 1 --set model.moe.num_groups=1 model.moe.groups_per_token=1",
-    "-m dsv3_jax.bench.precision": "--steps 2 --seeds 0 --arms bf16 --set data.paths=path/to/folder data.heldout_fraction=0.2",
+    "-m dsv3_jax.bench.precision": "--steps 2 --seeds 0 --arms bf16 --set data.paths=path/to/folder",
     "python serve.py": "--max-new-tokens 4",
 }
 # What takes more than a few seconds even so.

@@ -68,7 +68,7 @@ def measure(
 
     `tokens_per_s` counts new tokens over the whole call; for prefill, prompt tokens. `ratio` is the median over rounds
     of the peer's seconds by ours; above 1 means that we are faster. `roofline` is the share of the physical limit: the
-    weights that a step must read, over its time, by `memory_gbytes_per_s`, what a matrix-vector multiplication reads here.
+    weights that a step must read, over its time, by `memory_gbytes_per_s`, what a matrix times a vector reads here.
 
     Raises:
         UserError: lengths beyond the model, or a peer that cannot run.

@@ -22,7 +22,7 @@ def split(text: str, rng: np.random.Generator) -> tuple[str, str, str]:
 
 
 def assemble(
-    prefix: Int[np.ndarray, "A"], middle: Int[np.ndarray, "B"], suffix: Int[np.ndarray, "C"], *, ids: FimIds
+    prefix: Int[np.ndarray, "_"], middle: Int[np.ndarray, "_"], suffix: Int[np.ndarray, "_"], *, ids: FimIds
 ) -> Int[np.ndarray, "N"]:
     """Joins the parts as `<|fim_begin|>prefix<|fim_hole|>suffix<|fim_end|>middle`."""
     return np.concatenate([[ids.begin], prefix, [ids.hole], suffix, [ids.end], middle]).astype(np.int32)
@@ -30,7 +30,7 @@ def assemble(
 
 def disassemble(
     tokens: Int[np.ndarray, "N"], *, ids: FimIds
-) -> tuple[Int[np.ndarray, "A"], Int[np.ndarray, "B"], Int[np.ndarray, "C"]]:
+) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"], Int[np.ndarray, "_"]]:
     """Inverse of `assemble`: prefix, middle, suffix.
 
     Raises:

@@ -117,7 +117,7 @@ def source_change(cfg: DataConfig, data: PreparedData) -> str | None:
 
 def scan(
     cfg: DataConfig, listing: corpus.Listing, tally: corpus.Tally, advance: Callable[[int], None] = lambda size: None
-) -> tuple[UInt64[np.ndarray, "N"], int]:
+) -> tuple[UInt64[np.ndarray, "_"], int]:
     """Reads the corpus once: the content hash of each document, and the UTF-8 bytes of all."""
     hashes = array("Q")
     num_bytes = 0
@@ -134,7 +134,7 @@ def file_sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def content_fingerprint(hashes: UInt64[np.ndarray, "N"]) -> str:
+def content_fingerprint(hashes: UInt64[np.ndarray, "_"]) -> str:
     """A hash of all documents in their order."""
     return hashlib.sha256(hashes.tobytes()).hexdigest()
 

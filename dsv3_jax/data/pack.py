@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 
-def as_document(tokens: Int[np.ndarray, "N"], *, bos_id: int | None, eos_id: int | None) -> Int[np.ndarray, "M"]:
+def as_document(tokens: Int[np.ndarray, "N"], *, bos_id: int | None, eos_id: int | None) -> Int[np.ndarray, "_"]:
     """Frames a text by bos and eos: its first token has something to follow, and its end is predicted too.
 
     A mark that is None is left out; without bos the first token of a text is no label of it.
@@ -15,7 +15,7 @@ def as_document(tokens: Int[np.ndarray, "N"], *, bos_id: int | None, eos_id: int
     return np.concatenate([begin, tokens, end]).astype(np.int32)
 
 
-def join_and_cut(documents: Sequence[Int[np.ndarray, "_"]], seq_len: int) -> Int[np.ndarray, "rows T_plus_1"]:
+def join_and_cut(documents: Sequence[Int[np.ndarray, "_"]], seq_len: int) -> Int[np.ndarray, "B T_plus_1"]:
     """Joins documents into one stream and cuts it into rows of `seq_len` + 1 tokens (the report's pre-training).
 
     The last token of a row is the first of the next, so every token but the first of all is a label exactly once.

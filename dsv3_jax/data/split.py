@@ -27,7 +27,7 @@ def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def plan(hashes: UInt64[np.ndarray, "N"], fraction: float) -> Split:
+def plan(hashes: UInt64[np.ndarray, "_"], fraction: float) -> Split:
     """Chooses the rule so that both sides have a document.
 
     Normally the threshold is `fraction` of the hash range: it does not depend on which other documents there are.

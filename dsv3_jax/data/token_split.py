@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 def split_at_line_breaks(
     tokens: Int[np.ndarray, "N"], halves: Int[np.ndarray, "V 2"], *, rate: float, rng: np.random.Generator
-) -> Int[np.ndarray, "M"]:
+) -> Int[np.ndarray, "_"]:
     """Replaces a share `rate` of the tokens that can be split by their two halves; the text stays the same.
 
     `halves[i]` are the two tokens that spell token i, -1 where it stays whole (`TextTokenizer.line_break_halves`).

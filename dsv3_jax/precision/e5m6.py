@@ -20,29 +20,29 @@ TILE = 128
 
 
 class E5M6Tensor(NamedTuple):
-    """[M, K] packed: bytes [M, 3·⌈K/2⌉] and float32 scales [M, ⌈K/128⌉]; multiply to dequantise."""
+    """[M, A] packed: bytes [M, 3·⌈A/2⌉] and float32 scales [M, ⌈A/128⌉]; multiply to dequantise."""
 
     packed: UInt[Array, "M X"]
     scales: Float[Array, "M Y"]
 
 
-def quantize(x: Float[Array, "M K"]) -> E5M6Tensor:
+def quantize(x: Float[Array, "M A"]) -> E5M6Tensor:
     """Rounds to nearest even; a tile's scale is the least power of two under which its largest element fits."""
     x = without_gradient("e5m6.quantize", x)
-    M, K = x.shape
-    tiles = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -K % TILE))).reshape(M, -1, TILE)
+    M, A = x.shape
+    tiles = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -A % TILE))).reshape(M, -1, TILE)
     scales = _scale_for(jnp.abs(tiles).max(axis=-1))
-    scaled = (tiles / scales[:, :, None]).reshape(M, -1)[:, : K + K % 2]
+    scaled = (tiles / scales[:, :, None]).reshape(M, -1)[:, : A + A % 2]
     return E5M6Tensor(_pack(encode(scaled)), scales)
 
 
-def dequantize(q: E5M6Tensor, *, num_columns: int) -> Float[Array, "M K"]:
+def dequantize(q: E5M6Tensor, *, num_columns: int) -> Float[Array, "M A"]:
     """Float32."""
     numbers = decode(_unpack(q.packed))[:, :num_columns]
     return numbers * jnp.repeat(q.scales, TILE, axis=1)[:, :num_columns]
 
 
-def encode(x: Float[Array, "*n"]) -> UInt[Array, "*n"]:
+def encode(x: Float[Array, "*batch"]) -> UInt[Array, "*batch"]:
     """The 12 bits of each float32, as uint16, rounded to nearest even; what is beyond the largest becomes infinite."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = (bits >> 31) << 11
@@ -56,7 +56,7 @@ def encode(x: Float[Array, "*n"]) -> UInt[Array, "*n"]:
     return (sign | number).astype(jnp.uint16)
 
 
-def decode(codes: UInt[Array, "*n"]) -> Float[Array, "*n"]:
+def decode(codes: UInt[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The float32 that each 12-bit code stands for."""
     return jax.lax.bitcast_convert_type(codes << 4, jnp.float16).astype(jnp.float32)
 
@@ -69,14 +69,14 @@ def _scale_for(amax: Float[Array, "M Y"]) -> Float[Array, "M Y"]:
     return jax.lax.bitcast_convert_type(jnp.maximum(exponent, 127 - 100) << 23, jnp.float32)
 
 
-def _pack(codes: UInt[Array, "M K"]) -> UInt[Array, "M X"]:
+def _pack(codes: UInt[Array, "M A"]) -> UInt[Array, "M X"]:
     """Two elements of 12 bits in three bytes."""
     first, second = codes[:, 0::2], codes[:, 1::2]
     parts = [first & 0xFF, (first >> 8) | ((second & 0xF) << 4), second >> 4]
     return jnp.stack(parts, axis=-1).reshape(codes.shape[0], -1).astype(jnp.uint8)
 
 
-def _unpack(packed: UInt[Array, "M X"]) -> UInt[Array, "M K"]:
+def _unpack(packed: UInt[Array, "M X"]) -> UInt[Array, "M A"]:
     low, middle, high = jnp.moveaxis(packed.astype(jnp.uint16).reshape(packed.shape[0], -1, 3), -1, 0)
     pair = [low | ((middle & 0xF) << 8), (middle >> 4) | (high << 4)]
     return jnp.stack(pair, axis=-1).reshape(packed.shape[0], -1)
