@@ -36,7 +36,7 @@ COVERAGE: tuple[Row, ...] = (
     Row("output head", ("unembed/w",), False, "bfloat16 operands, float32 logits"),
     Row("router", ("router/w",), False, "float32: a choice must not depend on rounding"),
     Row("norms", ("scale", "mla/q_norm", "mla/kv_norm"), False, "float32"),
-    Row("attention core", (), False, "bfloat16 products, float32 scores and softmax"),
+    Row("attention core", (), False, "bfloat16 matmuls, float32 scores and softmax"),
     Row("MTP projection", ("proj/w",), False, "bfloat16, as in the released FP8 files"),
 )
 
