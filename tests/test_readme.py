@@ -2,8 +2,8 @@
 
 - ```python``` blocks of one README share one namespace, in order. A block whose first line is a comment naming a file
   (`# my_router.py`) is also written to that file, for the commands below it.
-- ```sh``` blocks: every line is a command and runs in this process, with status 0; of `CHECKED` only that program and
-  flags exist, of `make` only the target. `SHORTER` adds arguments that make a command short; `SLOW` runs in slow tests.
+- ```sh``` blocks: every line is a command and runs in this process, with status 0. Of `CHECKED` ones only program and
+  flags are checked, of `SLOW` ones, too, in fast tests; of `make` the target. `SHORTER` adds what makes a command short.
 - ```text``` and ```mermaid``` blocks are pictures; there is no other kind.
 
 All happens in an empty folder in which the paths that examples name exist: the sources, `path/to/folder` (a little
@@ -12,11 +12,10 @@ here, `tiny.py` and `bench_30m.py`, are the midget of `tests/training`.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +46,7 @@ SHORTER = {
     "python serve.py": "--max-new-tokens 4",
 }
 # What takes more than a few seconds even so.
-SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench")
+SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench", "-m dsv3_jax.planning")
 
 
 class Block(NamedTuple):
@@ -109,21 +108,20 @@ def official(typed: Path) -> None:
 @pytest.mark.usefixtures("official")
 @pytest.mark.parametrize("name", READMES)
 def test_blocks_run(name: str) -> None:
-    run(READMES[name], leave_out=SLOW)
+    run(READMES[name], only_checked=(*CHECKED, *SLOW))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("official")
 @pytest.mark.parametrize("name", WITH_SLOW)
 def test_blocks_run_with_the_slow_ones(name: str) -> None:
-    run(READMES[name], leave_out=())
+    run(READMES[name], only_checked=(*CHECKED,))
 
 
-def run(readme: Path, *, leave_out: tuple[str, ...]) -> None:
-    """Runs the blocks of a README but for commands that contain one of `leave_out`."""
+def run(readme: Path, *, only_checked: tuple[str, ...]) -> None:
+    """Runs the blocks of a README; of commands that contain one of `only_checked`, the flags are checked."""
     namespace: dict[str, Any] = {"__name__": "readme"}
     for block in blocks(readme):
-        where = f"{readme}:{block.line}"
         if block.language == "python":
             named = re.match(r"# (\w+\.py)\b", block.code)
             if named:
@@ -131,31 +129,27 @@ def run(readme: Path, *, leave_out: tuple[str, ...]) -> None:
             exec(compile("\n" * block.line + block.code, str(readme), "exec"), namespace)
         elif block.language == "sh":
             for command in commands(block.code):
-                if not any(part in command for part in leave_out):
-                    status = run_command(command)
-                    assert status == 0, f"{where}: status {status} of {command}"
+                run_command(command, is_run=not any(part in command for part in only_checked))
 
 
-def run_command(command: str) -> int:
-    """The status of one line of a shell, run in this process."""
+def run_command(command: str, *, is_run: bool) -> None:
+    """Runs one line of a shell in this process, or checks that its program has its flags."""
     added = " ".join(more for part, more in SHORTER.items() if part in command)
     program, *arguments = shlex.split(command, comments=True) + shlex.split(added)
     while "=" in program:
         program, *arguments = arguments  # PYTHONPATH=kernels: the tests' path has it
-    if program == "export":
-        return 0
     if program == "make":
-        return check_target(arguments)
-    assert program == "python", f"{command}: teach tests/test_readme.py to run this, or mark the block as text"
-    if arguments[0] == "-c":
+        check_make(arguments)
+    elif program == "python" and arguments[0] == "-c":
         exec(arguments[1], {})
-        return 0
-    main, arguments = entry(arguments)
-    if any(part in command for part in CHECKED):
-        with only_parsed():
-            main(arguments)
-        return 0
-    return main(arguments)
+    elif program == "python":
+        main, arguments = entry(arguments)
+        if is_run:
+            assert main(arguments) == 0, command
+        else:
+            check_flags(main, arguments)
+    else:
+        assert program == "export", f"{command}: teach tests/test_readme.py to run this, or mark the block as text"
 
 
 def entry(arguments: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
@@ -169,9 +163,8 @@ def entry(arguments: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
     return module.main, arguments[2:]
 
 
-@contextlib.contextmanager
-def only_parsed() -> Iterator[None]:
-    """Ends a program once its command line was understood."""
+def check_flags(main: Callable[[list[str]], int], arguments: list[str]) -> None:
+    """Runs a program until it has understood its command line."""
 
     class Understood(Exception):
         pass
@@ -185,18 +178,16 @@ def only_parsed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
         with pytest.raises(Understood):
-            yield
+            main(arguments)
 
 
-def check_target(arguments: list[str]) -> int:
-    """0 if the Makefile has this target and reads these variables."""
+def check_make(arguments: list[str]) -> None:
+    """The Makefile has the target and reads the variables."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for argument in arguments:
         variable, is_variable, _ = argument.partition("=")
         pattern = rf"\$\({variable}\)" if is_variable else rf"^{argument}:.*## "
-        if not re.search(pattern, makefile, re.MULTILINE):
-            return 2
-    return 0
+        assert re.search(pattern, makefile, re.MULTILINE), f"the Makefile has no {argument}"
 
 
 def test_every_block_says_what_it_is() -> None:
