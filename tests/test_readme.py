@@ -3,7 +3,7 @@
 - ```python``` blocks of one README share one namespace, in order. A block whose first line is a comment naming a file
   (`# my_router.py`) is also written to that file, for the commands below it.
 - ```sh``` blocks: every line is a command and runs in this process, with status 0. Of `CHECKED` ones only program and
-  flags are checked, of `SLOW` ones, too, in fast tests; of `make` the target. `SHORTER` adds what makes a command short.
+  flags are checked, in fast tests of `SLOW` ones, too; of `make` the target. `SHORTER` adds what makes a command short.
 - ```text``` and ```mermaid``` blocks are pictures; there is no other kind.
 
 All happens in an empty folder in which the paths that examples name exist: the sources, `path/to/folder` (a little
