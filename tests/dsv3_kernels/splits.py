@@ -10,8 +10,6 @@ import ml_dtypes
 import numpy as np
 
 import dsv3_kernels as kernels
-from dsv3_jax.model.moe.dispatch import plan_blocks
-from dsv3_jax.model.moe.experts import routed_ffn
 from dsv3_jax.precision import fp8_linear
 from dsv3_kernels import QTensor
 from dsv3_kernels.varying import varying_axes
@@ -141,8 +139,10 @@ def layer(name: str) -> Callable[..., Any]:
 
 
 def bf16_experts(x: Any, gate_up: Any, down: Any, weights: Any, chosen: Any) -> Any:
-    plan = plan_blocks(chosen, len(down), block_size=64)
-    return routed_ffn(x, {"gate_up": gate_up, "down": down}, weights, plan)
+    plan = kernels.plan_blocks(chosen, len(down), block_size=64)
+    rows, weight = kernels.gather_rows(x, plan), kernels.row_weights(weights, plan)
+    gate_up, down = gate_up.astype(x.dtype), down.astype(x.dtype)
+    return kernels.sum_rows(kernels.expert_ffn(rows, gate_up, down, weight, plan.block_expert), plan)
 
 
 def summed_experts(*arrays: Any) -> Any:

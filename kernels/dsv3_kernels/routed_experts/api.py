@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from dsv3_kernels import dispatch
 from dsv3_kernels.routed_experts import grouped, loops
@@ -23,11 +23,11 @@ SAVED = "experts_gate_up"
 
 
 def expert_ffn(
-    rows: Float[Array, "M D"],
-    gate_up: Float[Array, "E D 2 F"],
-    down: Float[Array, "E F D"],
-    weights: Float[Array, "M"],
-    block_expert: Int[Array, "M_blocks"],
+    rows: ArrayLike,
+    gate_up: ArrayLike,
+    down: ArrayLike,
+    weights: ArrayLike,
+    block_expert: ArrayLike,
     *,
     max_rows: int | None = None,
     implementation: str | None = None,
@@ -52,6 +52,7 @@ def expert_ffn(
         ValueError: shapes or dtypes that do not fit, with how to fix them.
         NotImplementedError: an implementation that cannot serve these inputs or this target.
     """
+    rows, gate_up, down, weights, block_expert = map(jnp.asarray, (rows, gate_up, down, weights, block_expert))
     _check(rows, gate_up, down, weights, block_expert)
     limit = rows.shape[0] if max_rows is None else min(max_rows, rows.shape[0])
     return _ffn(implementation, limit, *varying_alike(rows, gate_up, down, weights, block_expert))
@@ -100,10 +101,9 @@ def _ffn_backward(implementation, max_rows, residuals, d_out):
 _ffn.defvjp(_ffn_forward, _ffn_backward)
 
 
-def _check(rows: Any, gate_up: Any, down: Any, weights: Any, block_expert: Any) -> None:
-    M, D = rows.shape
-    E, _, _, F = gate_up.shape
-    if gate_up.shape != (E, D, 2, F) or down.shape != (E, F, D):
+def _check(rows: Array, gate_up: Array, down: Array, weights: Array, block_expert: Array) -> None:
+    D, (E, F) = rows.shape[-1], down.shape[:2]
+    if rows.ndim != 2 or gate_up.shape != (E, D, 2, F) or down.shape != (E, F, D):
         raise ValueError(
             f"expert_ffn: rows {rows.shape}, gate_up {gate_up.shape} and down {down.shape} must be [M, D], "
             "[E, D, 2, F] and [E, F, D]; stack gates before ups on axis 2."
@@ -113,14 +113,14 @@ def _check(rows: Any, gate_up: Any, down: Any, weights: Any, block_expert: Any) 
             f"expert_ffn: rows are {rows.dtype}, gate_up {gate_up.dtype} and down {down.dtype}, and must all be "
             "bfloat16 or all float32; cast them."
         )
+    M = rows.shape[0]
     if weights.shape != (M,) or weights.dtype != jnp.float32:
         raise ValueError(
             f"expert_ffn: weights are {weights.dtype}{list(weights.shape)} and must be float32[{M}], one for each row; "
             "row_weights(weights, plan) makes them."
         )
-    blocks = np.shape(block_expert)[0]
-    if M % max(blocks, 1) or (M and not blocks):
+    if block_expert.ndim != 1 or block_expert.dtype != jnp.int32 or M % max(block_expert.size, 1):
         raise ValueError(
-            f"expert_ffn: block_expert has {blocks} blocks, which do not divide M={M} rows; give one expert for each "
-            "block of equally many rows."
+            f"expert_ffn: block_expert is {block_expert.dtype}{list(block_expert.shape)} and must be int32 with one "
+            f"expert for each of equal blocks of the M={M} rows; plan_blocks makes it."
         )
