@@ -11,9 +11,9 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import rich.console
@@ -25,7 +25,6 @@ from dsv3_jax.config.paths import user_path
 from dsv3_jax.interrupt import Stopped, StopRequest, leave
 from dsv3_jax.output import dependable_output
 from dsv3_jax.planning.flops import train_flops_per_token
-from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
 from dsv3_jax.training.checkpoint import CheckpointError
 from dsv3_jax.training.evaluate import evaluate, make_evaluator, warm_up
@@ -33,11 +32,11 @@ from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.log import RunLog
 from dsv3_jax.training.metrics import Progress, metrics_row
 from dsv3_jax.training.progress import Clock, ProgressBar
+from dsv3_jax.training.replaced import functions_in
 from dsv3_jax.training.report import final_evaluations, finish, heldout_part
-from dsv3_jax.training.run import Run, open_run
+from dsv3_jax.training.run import Run, StepTaken, open_run, steps
 from dsv3_jax.training.sample import check_sample
-from dsv3_jax.training.schedules import num_micro_batches, rates_at
-from dsv3_jax.training.step import Rates, StepReport, make_step
+from dsv3_jax.training.step import StepReport, make_step
 from dsv3_jax.training.throughput import measure_matmul_peak
 
 EXIT_USER_ERROR = 2
@@ -67,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("absl", "matplotlib"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         with StopRequest() as stop, contextlib.ExitStack() as opened:
-            run = stop.run(opened.enter_context, open_run(cfg, run_dir))
+            functions = functions_in(given.config, cfg)
+            run = stop.run(opened.enter_context, open_run(cfg, run_dir, functions=functions))
             return train(run, stop, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -88,11 +88,11 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
     """
     cfg, output = run.cfg.train, run.cfg.train.output
     check_sample(run.cfg, run.data.tokenizer)
-    step, sum_loss = make_step(run.cfg), make_evaluator(run.cfg)
+    step = make_step(run.cfg, functions=run.functions)
+    sum_loss = make_evaluator(run.cfg, functions=run.functions)
     log = RunLog(run.run_dir, step=run.progress.step, tensorboard=output.tensorboard)
     bar = ProgressBar(console, total_tokens=cfg.total_tokens, done=run.progress.tokens)
-    compiled: set[str] = set()
-    unread: list[tuple[Progress, StepReport, Rates]] = []
+    unread: list[StepTaken] = []
 
     def read_reports() -> None:
         while unread:
@@ -104,32 +104,25 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
                 log.write(row)
             bar.show(row, clock.seconds_left(cfg.total_tokens - progress.tokens))
 
-    def compile_once(name: str, function: Callable[..., None], *args: Any) -> None:
-        if name not in compiled:
-            read_reports()
-            bar.say(f"compiling {name}, which takes up to a minute the first time …")
-            stop.run(function, *args)
-            compiled.add(name)
-            clock.restart(run.progress)
+    @contextlib.contextmanager
+    def compiling(name: str) -> Iterator[None]:
+        read_reports()
+        bar.say(f"compiling {name}, which takes up to a minute the first time …")
+        yield
+        clock.restart(run.progress)
 
     try:
         with contextlib.suppress(Stopped):
-            clock = stop.run(start_clock, run)
-            while run.progress.tokens < cfg.total_tokens:
-                batches = stop.run(run.next_batches, num_micro_batches(run.progress.tokens, cfg.batch))
-                tokens = run.progress.tokens + batches.tokens.size
-                rates = rates_at(tokens, cfg)
-                name = "the step" if len(batches.tokens) == 1 else "the step of several micro-batches"
-                compile_once(name, step.compile, run.state, batches, rates)
-                state, report = step(run.state, batches, rates)
-                run.advance(state, Progress(run.progress.step + 1, tokens))
-                if run.average is not None and run.progress.step % cfg.ema_every == 0:
-                    run.average.update(run.state.params)
+            clock, has_evaluated = stop.run(start_clock, run), False
+            for taken in steps(run, step, stop=stop, compiling=compiling):
                 read_reports()
-                unread.append((run.progress, report, rates))
+                unread.append(taken)
 
                 if output.eval_batches and is_due(run.progress, output.eval_every):
-                    compile_once("the evaluation", warm_up, sum_loss, run.state.variables, heldout_part(run, stop))
+                    if not has_evaluated:
+                        with compiling("the evaluation"):
+                            stop.run(warm_up, sum_loss, run.state.variables, heldout_part(run, stop))
+                        has_evaluated = True
                     read_reports()
                     result = stop.run(evaluate, sum_loss, run.state.variables, heldout_part(run, stop))
                     if result is None:
@@ -147,7 +140,7 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
     except (Diverged, CheckpointError):
         raise
     except Exception as error:
-        saved = rescue(run, [report for _, report, _ in unread])
+        saved = rescue(run, [taken.report for taken in unread])
         if isinstance(error, UserError):
             raise UserError(f"{error} {saved}") from error
         print(saved, file=sys.stderr)
@@ -161,7 +154,7 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
         console.print(f"saved after step {run.progress.step}; the same command continues.", highlight=False)
         return 0
     try:
-        failed = stop.run(finish, run, stop, sum_loss, generate, console)
+        failed = stop.run(finish, run, stop, sum_loss, partial(generate, functions=run.functions), console)
     except Stopped as stopped:
         console.print(f"{stopped}; training is done and saved, the same command computes the results.", highlight=False)
         return 0
@@ -199,7 +192,7 @@ def start_clock(run: Run) -> Clock:
     return Clock(
         run.progress,
         flops_per_token=train_flops_per_token(run.cfg.model, run.cfg.train.seq_len),
-        peak_flops_per_s=measure_matmul_peak(get_policy(run.cfg.precision).compute_dtype),
+        peak_flops_per_s=measure_matmul_peak(run.functions.compute_dtype),
     )
 
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsv3_jax.config.load import load_config
     from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig, YarnConfig
+    from dsv3_jax.flax import MLA, DeepSeekV3, MoE
     from dsv3_jax.interop.load import load_pretrained
     from dsv3_jax.interop.run_dir import load
     from dsv3_jax.interop.save import save_pretrained
-    from dsv3_jax.model.flax import MLA, DeepSeekV3, MoE
+    from dsv3_jax.model.functions import Functions, functions_for
     from dsv3_jax.model.params import abstract_params, init
     from dsv3_jax.model.transformer import forward
     from dsv3_jax.serving.generate import generate
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MLA",
     "DeepSeekV3",
+    "Functions",
     "MLAConfig",
     "MoE",
     "MoEConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "YarnConfig",
     "abstract_params",
     "forward",
+    "functions_for",
     "generate",
     "init",
     "load",
@@ -33,15 +36,17 @@ __all__ = [
 ]
 
 _HOME = {
-    "DeepSeekV3": "dsv3_jax.model.flax",
-    "MLA": "dsv3_jax.model.flax",
+    "DeepSeekV3": "dsv3_jax.flax",
+    "MLA": "dsv3_jax.flax",
+    "Functions": "dsv3_jax.model.functions",
     "MLAConfig": "dsv3_jax.config.model",
-    "MoE": "dsv3_jax.model.flax",
+    "MoE": "dsv3_jax.flax",
     "MoEConfig": "dsv3_jax.config.model",
     "ModelConfig": "dsv3_jax.config.model",
     "YarnConfig": "dsv3_jax.config.model",
     "abstract_params": "dsv3_jax.model.params",
     "forward": "dsv3_jax.model.transformer",
+    "functions_for": "dsv3_jax.model.functions",
     "generate": "dsv3_jax.serving.generate",
     "init": "dsv3_jax.model.params",
     "load": "dsv3_jax.interop.run_dir",

@@ -27,15 +27,13 @@ from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
-from dsv3_jax.config.train import BatchConfig
-from dsv3_jax.data.batch import stack
-from dsv3_jax.data.build_folder import prepare
-from dsv3_jax.data.loader import make_train_iterator
-from dsv3_jax.interrupt import run_program
+from dsv3_jax.config.train import BatchConfig, LearningRateConfig
+from dsv3_jax.interrupt import StopRequest, run_program
 from dsv3_jax.training.metrics import load_ratio
 from dsv3_jax.training.plot import smooth
-from dsv3_jax.training.state import TrainState, init_state
-from dsv3_jax.training.step import Rates, make_step
+from dsv3_jax.training.run import open_run, steps
+from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.step import make_step
 
 WINDOW = 20
 """Steps whose load is added up before max/mean is taken, so that the noise of one small batch does not count."""
@@ -59,28 +57,24 @@ def skewed(state: TrainState, *, num_favoured: int, strength: float) -> TrainSta
     return state._replace(params=params)
 
 
-def loads(cfg: RunConfig, run_dir: Path, *, steps: int, bias_speed: float) -> np.ndarray:
-    """Tokens of each expert in each step, int[steps, L, E], for the layers of the main model."""
-    data = prepare(cfg.data, cfg.model, run_dir, say=_to_stderr)  # standard output is for the results
-    batches = make_train_iterator(
-        cfg.data,
-        data.tokenizer,
-        data.train,
-        batch_size=cfg.train.batch.micro,
-        seq_len=cfg.train.seq_len,
-        mtp_depth=cfg.model.mtp_depth,
-        seed=cfg.seed,
-    )
-    state = skewed(init_state(cfg), num_favoured=cfg.model.moe.top_k, strength=3.0)
-    step, found = make_step(cfg), []
-    auxiliary = cfg.train.auxiliary
-    for i in range(steps):
-        warm = min(1.0, (i + 1) / (steps / 10))
-        rates = Rates(np.float32(warm * cfg.train.lr.peak), np.float32(auxiliary.mtp_weight), np.float32(bias_speed))
-        state, report = step(state, stack([next(batches)]), rates)
-        found.append(np.asarray(report.parts.load[: cfg.model.num_moe_layers]))
-    batches.close()
-    return np.stack(found)
+def config_of(cfg: RunConfig, data_dir: Path, *, steps: int, rows: int, bias_speed: float) -> RunConfig:
+    """`cfg` for `steps` steps of `rows` sequences: a short warm-up, then the peak rate, and one speed of the bias."""
+    tokens = steps * rows * cfg.train.seq_len
+    peak = cfg.train.lr.peak
+    lr = LearningRateConfig(peak, peak, peak, warmup_tokens=tokens // 10, constant_until_tokens=tokens)
+    auxiliary = dataclasses.replace(cfg.train.auxiliary, bias_speed=bias_speed, bias_stop_tokens=tokens)
+    batch = BatchConfig(start=rows, full=rows, ramp_tokens=0, micro=rows)
+    how = {"lr": lr, "auxiliary": auxiliary, "batch": batch, "total_tokens": tokens, "ema_decay": 0.0}
+    data = dataclasses.replace(cfg.data, cache_dir=str(data_dir))
+    return dataclasses.replace(cfg, data=data, train=dataclasses.replace(cfg.train, **how))
+
+
+def loads(cfg: RunConfig, run_dir: Path) -> np.ndarray:
+    """Tokens of each expert in each step, int[steps, L, E], for the layers of the main model, from a skewed start."""
+    with StopRequest() as stop, open_run(cfg, run_dir, say=_to_stderr) as run:  # standard output is for the results
+        run.state = skewed(run.state, num_favoured=cfg.model.moe.top_k, strength=3.0)
+        taken = steps(run, make_step(cfg), stop=stop)
+        return np.stack([np.asarray(one.report.terms.load[: cfg.model.num_moe_layers]) for one in taken])
 
 
 def ratios(load: np.ndarray) -> np.ndarray:
@@ -91,10 +85,13 @@ def ratios(load: np.ndarray) -> np.ndarray:
     return load_ratio(summed)
 
 
-def compare(cfg: RunConfig, run_dir: Path, *, steps: int, bias_speed: float) -> dict[str, np.ndarray]:
-    """`ratios` of both runs, by name."""
-    speeds = {"with bias update": bias_speed, "without": 0.0}
-    return {name: ratios(loads(cfg, run_dir, steps=steps, bias_speed=speed)) for name, speed in speeds.items()}
+def compare(cfg: RunConfig, folder: Path, *, steps: int, rows: int, bias_speed: float) -> dict[str, np.ndarray]:
+    """`ratios` of both runs, by name. They leave their data in `folder`, and nothing else that is read again."""
+    found = {}
+    for name, speed in {"with bias update": bias_speed, "without": 0.0}.items():
+        arm = config_of(cfg, folder / "data", steps=steps, rows=rows, bias_speed=speed)
+        found[name] = ratios(loads(arm, folder / name.replace(" ", "_")))
+    return found
 
 
 def plot(path: Path, found: dict[str, np.ndarray]) -> None:
@@ -137,11 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(given.steps > 0, f"--steps {given.steps} must be at least 1.")
         check(0 <= given.bias_speed < math.inf, f"--bias-speed {given.bias_speed} must be 0 or more, and finite.")
         cfg = load_config(given.config, given.set)
-        batch = BatchConfig(start=given.rows, full=given.rows, ramp_tokens=0, micro=given.rows)
-        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch=batch))
         with tempfile.TemporaryDirectory() as temporary:
             run_dir = user_path(given.run_dir or temporary)
-            found = compare(cfg, run_dir, steps=given.steps, bias_speed=given.bias_speed)
+            found = compare(cfg, run_dir, steps=given.steps, rows=given.rows, bias_speed=given.bias_speed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,9 +29,9 @@ from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.interrupt import run_program
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.model.params import init
 from dsv3_jax.planning.flops import forward_flops_by_part
-from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.serving.generate import generate
 
 EXIT_USER_ERROR = 2
@@ -73,14 +73,14 @@ def measure(
     Raises:
         UserError: lengths beyond the model, or a peer that cannot run.
     """
-    policy = get_policy(cfg.precision)
-    machine = describe(policy.compute_dtype)
-    variables = init(cfg.model, jax.random.key(cfg.seed), dtype=policy.param_dtype)
+    functions = functions_for(cfg.precision)
+    machine = describe(functions.compute_dtype)
+    variables = init(cfg.model, jax.random.key(cfg.seed), dtype=functions.param_dtype)
     rng = np.random.default_rng(0)
 
     def completion(batch: int, prompt: int, new: int) -> Callable[[], float]:
         ids = rng.integers(0, cfg.model.vocab_size, (batch, prompt))
-        return lambda: timed(lambda: generate(cfg.model, variables, ids, new, policy=policy))
+        return lambda: timed(lambda: generate(cfg.model, variables, ids, new, functions=functions))
 
     ours = {f"batch{batch}": completion(batch, prompt, new) for batch in batches}
     ours["prefill"] = completion(1, prefill, 1)
@@ -116,7 +116,7 @@ def measure(
         times = summary(seconds[name])
         result[name] = {"tokens_per_s": tokens / times["median_s"], **times}
         if name != "prefill":
-            read = weight_bytes_per_step(cfg.model, tokens // new, jnp.dtype(policy.param_dtype).itemsize) * new
+            read = weight_bytes_per_step(cfg.model, tokens // new, jnp.dtype(functions.param_dtype).itemsize) * new
             result[name]["roofline"] = read / times["median_s"] / 1e9 / result["memory_gbytes_per_s"]
         if built:
             theirs = seconds[f"peer {name}"]

@@ -33,22 +33,21 @@ from dsv3_jax.config.load import load_config, to_dict
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.interrupt import Stopped, StopRequest, leave
+from dsv3_jax.model.functions import Functions, fp8_functions, functions_for
 from dsv3_jax.output import dependable_output
-from dsv3_jax.precision.policy import FLOAT32, FP8_DSV3, MIXED, Policy, make_fp8_policy
 from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.log import METRICS, RunLog, read_rows
-from dsv3_jax.training.metrics import Progress, Speed, metrics_row
-from dsv3_jax.training.run import Run, open_run
-from dsv3_jax.training.schedules import num_micro_batches, rates_at
+from dsv3_jax.training.metrics import Speed, metrics_row
+from dsv3_jax.training.run import Run, open_run, steps
 from dsv3_jax.training.state import TrainState
-from dsv3_jax.training.step import batch_loss, make_step
+from dsv3_jax.training.step import make_step
 
 TRACES = (METRICS, "checkpoints")
 """What lies in a folder that something was trained into."""
 
 
 class Arm(NamedTuple):
-    """One way to train. `precision` rules the state (masters, moments), `policy` the arithmetic.
+    """One way to train. `precision` rules the state (masters, moments), `functions` the arithmetic.
 
     `jitter`: relative size of a random change of the first weights. As training is chaotic, an arm that differs from
     another by nothing but a tiny jitter shows what part of a difference is chance.
@@ -56,19 +55,19 @@ class Arm(NamedTuple):
 
     label: str
     precision: Literal["float32", "mixed", "fp8_dsv3"]
-    policy: Policy
+    functions: Functions
     jitter: float = 0.0
 
 
 ARMS: Mapping[str, Arm] = {
-    "float32": Arm("float32", "float32", FLOAT32),
-    BASE: Arm("bf16 (policy mixed)", "mixed", MIXED),
-    "bf16_again": Arm("bf16 from weights 1e-6 away: chance", "mixed", MIXED, jitter=1e-6),
-    "fp8_dsv3": Arm("FP8 (fp8_dsv3)", "fp8_dsv3", FP8_DSV3),
+    "float32": Arm("float32", "float32", functions_for("float32")),
+    BASE: Arm("bf16 (mixed)", "mixed", functions_for("mixed")),
+    "bf16_again": Arm("bf16 from weights 1e-6 away: chance", "mixed", functions_for("mixed"), jitter=1e-6),
+    "fp8_dsv3": Arm("FP8 (fp8_dsv3)", "fp8_dsv3", functions_for("fp8_dsv3")),
     "fp8_block_gradients": Arm(
         "FP8, gradients in 128x128 blocks",
         "fp8_dsv3",
-        make_fp8_policy(gradient_tile=(128, 128), name="fp8_block_gradients"),
+        fp8_functions(gradient_tile=(128, 128)),
     ),
 }
 
@@ -84,38 +83,40 @@ def config_of(cfg: RunConfig, arm: Arm, *, seed: int, steps: int, data_dir: Path
 
 def source_of(cfg: RunConfig, name: str) -> dict[str, Any]:
     """What decides the losses of arm `name` with its configuration `cfg`; its data aside."""
-    return describe_source(to_dict(cfg), arm=name, policy=ARMS[name].policy.name, jitter=ARMS[name].jitter)
+    return describe_source(to_dict(cfg), arm=name, jitter=ARMS[name].jitter)
 
 
-def train_arm(cfg: RunConfig, name: str, run_dir: Path, *, steps: int, say: Callable[[str], None]) -> bool:
+def train_arm(cfg: RunConfig, name: str, run_dir: Path, *, say: Callable[[str], None]) -> bool:
     """Trains one arm to its last step, or until SIGTERM or Ctrl-C; returns whether it got there."""
     arm = ARMS[name]
     with StopRequest() as stop, contextlib.ExitStack() as stack:
-        run = stop.run(stack.enter_context, open_run(cfg, run_dir, say=say))
+        run = stop.run(stack.enter_context, open_run(cfg, run_dir, functions=arm.functions, say=say))
         record(run_dir, source_of(cfg, name), run.data.digest())
-        step = make_step(cfg, partial(batch_loss, policy=arm.policy))
         if arm.jitter and run.progress.step == 0:
             run.state = jittered(run.state, arm.jitter)
-        log, watch = RunLog(run_dir, step=run.progress.step, tensorboard=False), Stopwatch()
-        try:
-            while run.progress.step < steps and not stop.requested:
-                row = _one_step(run, step, watch)
-                check(math.isfinite(row["loss"]), f"{run_dir.name}: the loss of step {row['step']} is {row['loss']}.")
-                log.write(row)
-                if run.progress.step % 50 == 0:
-                    rate = f"{row['tokens_per_s']:.0f} tokens/s"
-                    say(
-                        f"{run_dir.parent.name}/{run_dir.name}: step {row['step']}, loss {row['main_loss']:.4f}, {rate}"
-                    )
-                if run.progress.step % cfg.train.output.checkpoint_every == 0:
-                    run.save()
-            run.checkpoints.wait()
-            if run.progress.step not in (0, *run.checkpoints.steps()):
-                run.save()
-            run.checkpoints.wait()
-        finally:
-            log.close()
-        return run.progress.step >= steps
+        log = stack.enter_context(contextlib.closing(RunLog(run_dir, step=run.progress.step, tensorboard=False)))
+        with contextlib.suppress(Stopped):
+            _train(run, log, stop, say)
+        run.checkpoints.wait()
+        if run.progress.step not in (0, *run.checkpoints.steps()):
+            run.save()
+        run.checkpoints.wait()
+        return run.progress.tokens >= cfg.train.total_tokens
+
+
+def _train(run: Run, log: RunLog, stop: StopRequest, say: Callable[[str], None]) -> None:
+    """Takes every step that is left; raises `Stopped` between two of them."""
+    tokens, watch, name = run.progress.tokens, Stopwatch(), f"{run.run_dir.parent.name}/{run.run_dir.name}"
+    for progress, report, rates in steps(run, make_step(run.cfg, functions=run.functions), stop=stop):
+        float(report.loss)  # waits until the step has run
+        row = metrics_row(progress, report, rates, Speed((progress.tokens - tokens) / watch.lap(), float("nan")))
+        check(math.isfinite(row["loss"]), f"{name}: the loss of step {row['step']} is {row['loss']}.")
+        log.write(row)
+        tokens = progress.tokens
+        if progress.step % 50 == 0:
+            say(f"{name}: step {row['step']}, loss {row['main_loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s")
+        if progress.step % run.cfg.train.output.checkpoint_every == 0:
+            run.save()
 
 
 def comparable(out: Path, made: Callable[..., RunConfig], say: Callable[[str], None]) -> dict[str, dict[int, Path]]:
@@ -152,18 +153,6 @@ def jittered(state: TrainState, size: float) -> TrainState:
     return state._replace(params=jax.tree.unflatten(treedef, moved))
 
 
-def _one_step(run: Run, step: Any, watch: Stopwatch) -> dict[str, Any]:
-    """Advances the run; its row of metrics.jsonl."""
-    train = run.cfg.train
-    batches = run.next_batches(num_micro_batches(run.progress.tokens, train.batch))
-    new = batches.tokens.size
-    rates = rates_at(run.progress.tokens + new, train)
-    state, report = step(run.state, batches, rates)
-    run.advance(state, Progress(run.progress.step + 1, run.progress.tokens + new))
-    float(report.loss)
-    return metrics_row(run.progress, report, rates, Speed(new / watch.lap(), float("nan")))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for what the user can fix."""
     dependable_output()
@@ -195,8 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if len(read_rows(run_dir / METRICS)) >= given.steps:
                     continue
                 run_dir.mkdir(parents=True, exist_ok=True)
-                (run_dir / "machine.json").write_text(json.dumps(describe(ARMS[name].policy.compute_dtype)))
-                if not train_arm(arm_cfg, name, run_dir, steps=given.steps, say=say):
+                (run_dir / "machine.json").write_text(json.dumps(describe(ARMS[name].functions.compute_dtype)))
+                if not train_arm(arm_cfg, name, run_dir, say=say):
                     say(f"{run_dir}: stopped and saved; the same command continues.")
                     return 0
         runs = comparable(given.out, made, say)

@@ -30,8 +30,8 @@ from dsv3_jax.config.load import load_config
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.data.batch import Batch, stack
 from dsv3_jax.interrupt import run_program
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.planning.flops import train_flops_per_token
-from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.state import init_state
 from dsv3_jax.training.step import Rates, make_step
@@ -70,7 +70,7 @@ def measure(
     many = None
     if num_experts is not None:
         many = dataclasses.replace(cfg.model, moe=dataclasses.replace(cfg.model.moe, num_experts=num_experts))
-    machine = describe(get_policy(cfg.precision).compute_dtype)
+    machine = describe(functions_for(cfg.precision).compute_dtype)
     parameters: dict[str, int] = {}
     ours, parameters["ours"] = training_program(cfg)
     compile_s = ours()

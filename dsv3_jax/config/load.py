@@ -1,7 +1,8 @@
 """Reads a configuration file, applies `--set` overrides, and writes configurations as JSON.
 
-A file is Python with `get_config() -> RunConfig`. Overrides name a field by its path (`train.lr.peak=1e-3`); they are
-applied together before validation, so that fields which only make sense together can change together.
+A file is Python with `get_config() -> RunConfig`, and may have `get_functions(cfg)`. Overrides name a field by its path
+(`train.lr.peak=1e-3`); they are applied together before validation, so that fields which only make sense together can
+change together.
 """
 
 import dataclasses
@@ -50,9 +51,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: no such file, no `get_config`, whatever the file raises (with its line), unknown key (the nearest
             is suggested), a value of the wrong type, or fields that contradict each other.
     """
+    cfg = call_in_file(path, "get_config")
+    check(
+        isinstance(cfg, RunConfig),
+        f"get_config() of {shown(user_path(path))} returned {type(cfg).__name__}; it must return a RunConfig.",
+    )
+    return override(cfg, overrides)
+
+
+def call_in_file(path: str | Path, function: str, *arguments: Any, is_optional: bool = False) -> Any:
+    """What `function(*arguments)` of the Python file at `path` returns; None where an optional one is not defined.
+
+    The file is run, not imported: Python would leave, and trust, a compiled copy.
+
+    Raises:
+        ConfigError: no such file, no such function, or whatever the file raises, with its line.
+    """
     path = user_path(path)
+    names: dict[str, Any] = {"__name__": f"dsv3_jax_config_{path.stem}", "__file__": str(path)}
+    source = _source(path)
     try:
-        source = path.read_bytes()
+        exec(compile(source, str(path), "exec"), names)
+        if function not in names and is_optional:
+            return None
+        if function not in names:
+            raise ConfigError(f"defines no {function}() -> RunConfig")
+        return names[function](*arguments)
+    except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is a user's error
+        raise ConfigError(f"config file {shown(path)}{_line_of(error, path)}: {_reason(error)}") from error
+
+
+def _source(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(
             f"config file {shown(path)} does not exist; see configs/ for those that come with it."
@@ -63,24 +94,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"config file {shown(path)} cannot be read: {error}.") from error
-    return override(_run_config(path, source), overrides)
-
-
-def _run_config(path: Path, source: bytes) -> RunConfig:
-    """What get_config() returns when `source` is run. Not imported: Python would leave, and trust, a compiled copy."""
-    names: dict[str, Any] = {"__name__": f"dsv3_jax_config_{path.stem}", "__file__": str(path)}
-    try:
-        exec(compile(source, str(path), "exec"), names)
-        if "get_config" not in names:
-            raise ConfigError("defines no get_config() -> RunConfig")
-        cfg = names["get_config"]()
-    except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is a user's error
-        raise ConfigError(f"config file {shown(path)}{_line_of(error, path)}: {_reason(error)}") from error
-    check(
-        isinstance(cfg, RunConfig),
-        f"get_config() of {shown(path)} returned {type(cfg).__name__}; it must return a RunConfig.",
-    )
-    return cfg
 
 
 def _reason(error: BaseException) -> str:

@@ -15,9 +15,9 @@ Precision = Literal["float32", "bfloat16", "mixed", "fp8_dsv3"]
 class RunConfig:
     """What a file in `configs/` returns and what a checkpoint stores.
 
-    `precision` names a policy of `dsv3_jax.precision.policy`: "float32"; "bfloat16"; "mixed", float32 parameters and
-    bfloat16 arithmetic; "fp8_dsv3", the same with projections and experts multiplied in FP8. `seed` fixes the initial
-    weights; data has its own.
+    `precision` is what `functions_for` takes: "float32"; "bfloat16"; "mixed", float32 parameters and bfloat16
+    arithmetic; "fp8_dsv3", the same with projections and experts multiplied in FP8. `seed` fixes the initial weights;
+    data has its own.
     """
 
     name: str

@@ -1,28 +1,20 @@
 """Multi-token prediction: sequential modules that share the main model's embedding and head (report section 2.2)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.model.block import Parts, moe_block
-from dsv3_jax.model.embedding import embed
-from dsv3_jax.model.mla import mla
-from dsv3_jax.model.norm import rms_norm
-from dsv3_jax.model.rope import RopeTable
-from dsv3_jax.precision.policy import Policy
-from dsv3_jax.typing import Array, Bool, Float, Int, Params
-
-
-class MTPOutput(NamedTuple):
-    """One leading row for each depth k = 1…; row t of depth k predicts token t+1+k. The last k rows are filler."""
-
-    hidden: Float[Array, "k B T D"]
-    load: Int[Array, "k E"]
-    balance_loss: Float[Array, "k"]
+from dsv3_jax.model.functions import Functions
+from dsv3_jax.model.layers import Remat, layer, rematerialised
+from dsv3_jax.model.mla import Context
+from dsv3_jax.model.moe.layer import Routing
+from dsv3_jax.model.parts import embed, rms_norm
+from dsv3_jax.precision import plain_linear
+from dsv3_jax.typing import Array, Float, Int, Params
 
 
 def join(
@@ -31,7 +23,7 @@ def join(
     hidden: Float[Array, "B T D"],
     *,
     cfg: ModelConfig,
-    policy: Policy,
+    functions: Functions,
 ) -> Float[Array, "B T D"]:
     """h' = M_k·[RMSNorm(Emb(t_{i+k})); RMSNorm(h_i)] (eq. 21).
 
@@ -41,59 +33,71 @@ def join(
         rms_norm(embedded, params["embed_norm"]["scale"], eps=cfg.norm_eps),
         rms_norm(hidden, params["hidden_norm"]["scale"], eps=cfg.norm_eps),
     ]
-    return policy.plain_linear(jnp.concatenate(parts, axis=-1), params["proj"]["w"])
+    return plain_linear.linear(jnp.concatenate(parts, axis=-1), params["proj"]["w"], dtype=functions.compute_dtype)
+
+
+def mtp_depth(
+    params: Params,
+    bias: Float[Array, "E"] | None,
+    embedded: Float[Array, "B T D"],
+    hidden: Float[Array, "B T D"],
+    ctx: Context,
+    *,
+    cfg: ModelConfig,
+    functions: Functions,
+) -> tuple[Float[Array, "B T D"], Routing]:
+    """One module (eq. 21-22): from the depth before and the tokens k ahead to a normed state, for the shared head."""
+    x = join(params, embedded, hidden, cfg=cfg, functions=functions)
+    x = checkpoint_name(x, "mtp_joined")
+    x, _, routing = layer(params["block"], bias, x, ctx, cfg=cfg, functions=functions)
+    assert routing is not None
+    return rms_norm(x, params["norm"]["scale"], eps=cfg.norm_eps), routing
 
 
 def mtp(
     params: Params,
-    router_bias: Float[Array, "k E"] | None,
+    biases: Float[Array, "k E"] | None,
     embedding: Params,
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"] | None,
-    rope: RopeTable,
+    ctx: Context,
     *,
     cfg: ModelConfig,
-    parts: Parts,
-    remat: Callable,
-) -> MTPOutput:
-    """Runs every depth in turn (eq. 21-23); the result goes through the shared head.
+    functions: Functions,
+    remat: Remat = "none",
+    of_layer: Callable[[Params], Params] = lambda params: params,
+) -> tuple[Float[Array, "k B T D"], Routing]:
+    """Runs every depth k = 1… in turn (eq. 21-23); the result goes through the shared head. Row t of depth k predicts
+    token t+1+k; the last k rows are filler.
 
     `hidden` is the main model's state after its final norm, as in the released weights; depth k+1 likewise takes
     depth k's state after its own norm. A row whose token t+k lies in another document, or past the end, becomes
-    padding: it attends to nothing of use and counts in no load.
+    padding: it attends to nothing of use and counts in no load. `of_layer` as in `run_layers`.
     """
-    T = tokens.shape[1]
 
-    def mix_with(segments):
-        def mix(mla_params, normed):
-            added, _ = mla(mla_params, normed, rope, segments, cfg=cfg, policy=parts.policy, attend=parts.attend)
-            return added, None
-
-        return mix
-
-    def one_depth(carry, module):
-        hidden, next_tokens, next_segments, depth = carry
+    def step(carry: Any, module: Any) -> tuple[Any, Any]:
+        hidden, ahead, ahead_segments, depth = carry
         module_params, bias = module
-        next_tokens = _shift(next_tokens)
-        valid: Bool[Array, "B T"] = jnp.broadcast_to(jnp.arange(T)[None, :] < T - depth, tokens.shape)
-        segments = None
-        if segment_ids is not None:
-            next_segments = _shift(next_segments)
-            segments = jnp.where(next_segments == segment_ids, segment_ids, 0)
-            valid = valid & (segments > 0)
-        x = join(
-            module_params, embed(embedding, next_tokens, policy=parts.policy), hidden, cfg=cfg, policy=parts.policy
-        )
-        x = checkpoint_name(x, "kept")
-        x, _, routing, balance = moe_block(
-            module_params["block"], bias, x, valid, mix_with(segments), cfg=cfg, parts=parts
-        )
-        hidden = rms_norm(x, module_params["norm"]["scale"], eps=cfg.norm_eps)
-        return (hidden, next_tokens, next_segments, depth + 1), MTPOutput(hidden, routing.load, balance)
+        ahead = _shift(ahead)
+        ahead_segments = None if ahead_segments is None else _shift(ahead_segments)
+        embedded = embed(embedding, ahead, functions=functions)
+        there = _where_the_token_is(ctx, ahead_segments, tokens.shape, depth)
+        settings: Any = {"cfg": cfg, "functions": functions}
+        with jax.named_scope("mtp"):
+            hidden, routing = mtp_depth(of_layer(module_params), bias, embedded, hidden, there, **settings)
+        return (hidden, ahead, ahead_segments, depth + 1), (hidden, routing)
 
-    start = (hidden, tokens, segment_ids, jnp.int32(1))
-    return jax.lax.scan(remat(one_depth), start, (params, router_bias))[1]
+    start = (hidden, tokens, ctx.segment_ids, jnp.int32(1))
+    return jax.lax.scan(rematerialised(step, remat), start, (params, biases))[1]
+
+
+def _where_the_token_is(ctx: Context, ahead_segments: Array | None, shape: tuple[int, ...], depth: Array) -> Context:
+    """`ctx` with every row as padding whose token `depth` ahead is past the end or in another document."""
+    valid = jnp.broadcast_to(jnp.arange(shape[1])[None, :] < shape[1] - depth, shape)
+    if ctx.segment_ids is None or ahead_segments is None:
+        return ctx._replace(valid=valid)
+    segments = jnp.where(ahead_segments == ctx.segment_ids, ctx.segment_ids, 0)
+    return ctx._replace(segment_ids=segments, valid=valid & (segments > 0))
 
 
 def _shift(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -1,4 +1,4 @@
-"""The parameter tree: fresh values, abstract shapes, and access to the biases of all routers."""
+"""The parameter tree: fresh values, or abstract shapes."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.tree import Leaf, model_tree
-from dsv3_jax.typing import Array, DType, Float, Params
+from dsv3_jax.typing import Array, DType
 
 
 class ParamSpec(NamedTuple):
@@ -60,29 +60,3 @@ def abstract_params(cfg: ModelConfig, dtype: DType = jnp.float32) -> dict:
         return ParamSpec(leaf.shape, jnp.dtype(jnp.float32 if leaf.init == "zeros" else dtype), leaf.axes)
 
     return jax.tree.map(spec, model_tree(cfg))
-
-
-def stack_bias(router_state: Params, stack: str) -> Float[Array, "L E"] | None:
-    """The router biases of "moe_layers" or of "mtp"; None without that stack, or where routing has no bias."""
-    if stack not in router_state:
-        return None
-    layers = router_state["mtp"]["block"] if stack == "mtp" else router_state[stack]
-    return layers["moe"]["router"]["bias"]
-
-
-def router_biases(router_state: Params) -> Float[Array, "l E"]:
-    """The biases of all routers: main MoE layers in order, then MTP modules. No rows where routing has no bias."""
-    stacks = [bias for stack in ("moe_layers", "mtp") if (bias := stack_bias(router_state, stack)) is not None]
-    return jnp.concatenate(stacks) if stacks else jnp.zeros((0, 1), jnp.float32)
-
-
-def with_router_biases(router_state: Params, biases: Float[Array, "l E"]) -> dict:
-    """A tree like `router_state` that holds `biases`, in the order of `router_biases`."""
-    main = stack_bias(router_state, "moe_layers")
-    num_main = 0 if main is None else main.shape[0]
-    new = {}
-    if "moe_layers" in router_state:
-        new["moe_layers"] = {"moe": {"router": {"bias": biases[:num_main]}}}
-    if "mtp" in router_state:
-        new["mtp"] = {"block": {"moe": {"router": {"bias": biases[num_main:]}}}}
-    return new

@@ -20,23 +20,23 @@ class RopeTable(NamedTuple):
 def inverse_frequencies(rope_dim: int, *, theta: float, yarn: YarnConfig | None) -> np.ndarray:
     """Radians a position for each of the rope_dim/2 pairs, float32.
 
-    YaRN divides the slow frequencies by `factor`, keeps the fast ones, and blends linearly between the pair
-    that turns β_fast times within the original context and the one that turns β_slow times. Bounds are rounded
+    YaRN divides the slow frequencies by `factor`, leaves the fast ones, and blends linearly between the pair that
+    rotates β_fast times within the original context and the one that rotates β_slow times. Bounds are rounded
     outwards, and a blend whose bounds fall outside the pairs is taken as the released code computes it.
     """
     frequencies = 1.0 / theta ** (np.arange(0, rope_dim, 2, dtype=np.float32) / np.float32(rope_dim))
     if yarn is None:
         return frequencies.astype(np.float32)
 
-    def pair_that_turns(rotations: float) -> float:
-        wavelength_ratio = yarn.original_max_position / (rotations * 2 * math.pi)
+    def pair_that_rotates(times: float) -> float:
+        wavelength_ratio = yarn.original_max_position / (times * 2 * math.pi)
         return rope_dim * math.log(wavelength_ratio) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), rope_dim - 1)
+    low = max(math.floor(pair_that_rotates(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_that_rotates(yarn.beta_slow)), rope_dim - 1)
     span = high - low or 0.001  # a zero-width blend becomes a step
-    kept = 1.0 - np.clip((np.arange(rope_dim // 2, dtype=np.float32) - low) / span, 0.0, 1.0)
-    return (frequencies / yarn.factor * (1.0 - kept) + frequencies * kept).astype(np.float32)
+    fast = 1.0 - np.clip((np.arange(rope_dim // 2, dtype=np.float32) - low) / span, 0.0, 1.0)
+    return (frequencies / yarn.factor * (1.0 - fast) + frequencies * fast).astype(np.float32)
 
 
 def yarn_magnitude(yarn: YarnConfig | None, mscale: float) -> float:
@@ -61,14 +61,12 @@ def rope_table(positions: Int[Array, "B T"], *, rope_dim: int, theta: float, yar
 
 
 def apply_rope(x: Float[Array, "B T *H R"], table: RopeTable) -> Float[Array, "B T *H R"]:
-    """Turns each pair (2i, 2i+1) of the last axis by its position's angle, in float32.
+    """Rotates each pair (2i, 2i+1) of the last axis by its position's angle, in float32.
 
     Pairs are interleaved, as in the released weights; reading halves instead is the classic mistake.
     """
-    head_axes = tuple(range(2, x.ndim - 1))
-    cos = jnp.expand_dims(table.cos, head_axes)
-    sin = jnp.expand_dims(table.sin, head_axes)
+    cos, sin = (jnp.expand_dims(angles, tuple(range(2, x.ndim - 1))) for angles in table)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)

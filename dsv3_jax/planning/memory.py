@@ -24,14 +24,17 @@ from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interrupt import run_program
-from dsv3_jax.model.block import Parts, dense_block, moe_block
-from dsv3_jax.model.mla import mla
-from dsv3_jax.model.moe.dispatch import block_size_for, num_blocks
+from dsv3_jax.model.functions import Functions, functions_for
+from dsv3_jax.model.layers import Remat, layer, rematerialised
+from dsv3_jax.model.mla import Context
+from dsv3_jax.model.moe.router import stack_bias
 from dsv3_jax.model.params import ParamSpec, abstract_params
 from dsv3_jax.model.rope import RopeTable
-from dsv3_jax.model.transformer import Remat, hidden_states, rematerialised
+from dsv3_jax.model.transformer import hidden_states
 from dsv3_jax.precision.fp8_experts import BLOCK_ROWS
-from dsv3_jax.precision.policy import FP8_DSV3, MIXED, Policy
+from dsv3_kernels.routed_experts.plan import block_size_for, num_blocks
+
+COMPARED = ("mixed", "fp8_dsv3")
 
 SCALED = 128
 """Numbers that share a float32 scale."""
@@ -53,15 +56,15 @@ class Kept(NamedTuple):
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
-def kept_tensors(cfg: ModelConfig, policy: Policy, *, rows: int, seq_len: int, is_moe: bool) -> list[Kept]:
+def kept_tensors(cfg: ModelConfig, functions: Functions, *, rows: int, seq_len: int, is_moe: bool) -> list[Kept]:
     """What `remat="paper"` keeps of one layer, parameters left out, from shapes alone.
 
-    Under a policy with FP8 experts SwiGLU's inputs are bytes of E4M3 and attention's output E5M6, packed to 1.5 bytes;
-    both with a float32 scale for each 128 numbers. Everything else is as in bfloat16.
+    With fp8_dsv3 SwiGLU's inputs are bytes of E4M3 and attention's output E5M6, packed to 1.5 bytes; both with a
+    float32 scale for each 128 elements. Everything else is as in bfloat16.
     """
     B, T, D = rows, seq_len, cfg.model_dim
     mla_cfg, moe = cfg.mla, cfg.moe
-    is_fp8 = policy.routed_experts is not None
+    is_fp8 = functions.name == "fp8_dsv3"
 
     def e4m3(part: str, *shape: int) -> list[Kept]:
         if not is_fp8:
@@ -91,50 +94,47 @@ def kept_tensors(cfg: ModelConfig, policy: Policy, *, rows: int, seq_len: int, i
     blocks = num_blocks(pairs, moe.num_experts, block)
     kept += e4m3("SwiGLU's inputs, routed", blocks * block, 2 * moe.expert_dim)
     kept.append(Kept("routing", (B, T, moe.num_experts), "float32"))
-    plan = [(B * T, moe.top_k), (blocks * block,), (blocks * block,), (blocks,), (moe.num_experts,)]
+    plan = [(B * T, moe.top_k), (blocks * block,), (blocks * block,), (blocks,)]
     return [*kept, *(Kept("routing", shape, "int32") for shape in plan)]
 
 
 def residuals(
-    cfg: ModelConfig, policy: Policy, *, rows: int, seq_len: int, is_moe: bool, remat: Remat = "paper"
+    cfg: ModelConfig, functions: Functions, *, rows: int, seq_len: int, is_moe: bool, remat: Remat = "paper"
 ) -> collections.Counter[tuple[tuple[int, ...], str]]:
     """Shape and dtype of every tensor that the model's backward pass of one layer holds, parameters left out."""
-    parts = Parts(policy)
     angles: Any = jax.ShapeDtypeStruct((rows, seq_len, cfg.mla.rope_head_dim // 2), jnp.float32)
     rope = RopeTable(angles, angles)
-    stacks: Any = abstract_params(cfg, policy.param_dtype)["params"]
-    stack = stacks["moe_layers" if is_moe else "dense_layers"]
-    params = jax.tree.map(_of_one_layer, stack, is_leaf=_is_spec)
-    bias = jax.ShapeDtypeStruct((cfg.moe.num_experts,), jnp.float32) if is_moe and cfg.moe.has_bias else None
+    stack: Any = abstract_params(cfg, functions.param_dtype)
+    name = "moe_layers" if is_moe else "dense_layers"
+    params = jax.tree.map(_of_one_layer, stack["params"][name], is_leaf=_is_spec)
+    router_state = jax.tree.map(_of_one_layer, stack["router_state"], is_leaf=_is_spec)
 
-    def pullback(params, bias, x, rope):
-        def mix(mla_params, normed):
-            return mla(mla_params, normed, rope, None, cfg=cfg, policy=policy, attend=parts.attend)[0], None
+    def pullback(params, router_state, x, rope):
+        bias = stack_bias(router_state, name)
 
         def step(params, x):
-            if is_moe:
-                x, _, _, balance = moe_block(params, bias, x, None, mix, cfg=cfg, parts=parts)
-                return x, balance
-            return dense_block(params, x, mix, cfg=cfg, parts=parts)[0]
+            x, _, routing = layer(params, bias, x, Context(rope), cfg=cfg, functions=functions)
+            return x, None if routing is None else routing.balance_loss
 
         return jax.vjp(rematerialised(step, remat), params, x)[1]
 
-    x = jax.ShapeDtypeStruct((rows, seq_len, cfg.model_dim), policy.compute_dtype)
+    x = jax.ShapeDtypeStruct((rows, seq_len, cfg.model_dim), functions.compute_dtype)
     held = collections.Counter(
-        (leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(jax.eval_shape(pullback, params, bias, x, rope))
+        (leaf.shape, str(leaf.dtype))
+        for leaf in jax.tree.leaves(jax.eval_shape(pullback, params, router_state, x, rope))
     )
-    given = [*jax.tree.leaves(params), *([] if bias is None else [bias]), *rope]
+    given = [*jax.tree.leaves(params), *jax.tree.leaves(router_state)[:1], *rope]
     return held - collections.Counter((leaf.shape, str(leaf.dtype)) for leaf in given)
 
 
-def temporary_bytes(cfg: ModelConfig, policy: Policy, *, rows: int, seq_len: int, remat: Remat) -> int:
+def temporary_bytes(cfg: ModelConfig, functions: Functions, *, rows: int, seq_len: int, remat: Remat) -> int:
     """What XLA allocates beside arguments and results for the gradient of the model up to its head, compiled here."""
-    specs = abstract_params(cfg, policy.param_dtype)
+    specs = abstract_params(cfg, functions.param_dtype)
     variables = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs, is_leaf=_is_spec)
 
     def total(params, router_state, tokens):
         states = hidden_states(
-            cfg, {"params": params, "router_state": router_state}, tokens, policy=policy, remat=remat
+            cfg, {"params": params, "router_state": router_state}, tokens, functions=functions, remat=remat
         )
         return jnp.square(states.hidden.astype(jnp.float32)).mean()
 
@@ -146,12 +146,12 @@ def temporary_bytes(cfg: ModelConfig, policy: Policy, *, rows: int, seq_len: int
     return sizes.temp_size_in_bytes
 
 
-def allocated_a_layer(cfg: ModelConfig, policy: Policy, *, rows: int, seq_len: int) -> int:
+def allocated_a_layer(cfg: ModelConfig, functions: Functions, *, rows: int, seq_len: int) -> int:
     """By how much the compiled gradient's temporary memory grows with each further MoE layer under `remat="paper"`."""
     few, many = (
         temporary_bytes(
             dataclasses.replace(cfg, num_layers=cfg.num_layers + more),
-            policy,
+            functions,
             rows=rows,
             seq_len=seq_len,
             remat="paper",
@@ -168,19 +168,19 @@ def table(cfg: ModelConfig, *, rows: int, seq_len: int, is_moe: bool) -> str:
         UserError: shapes and backward pass disagree.
     """
     columns = {}
-    for policy in (MIXED, FP8_DSV3):
-        kept = kept_tensors(cfg, policy, rows=rows, seq_len=seq_len, is_moe=is_moe)
-        found = residuals(cfg, policy, rows=rows, seq_len=seq_len, is_moe=is_moe)
+    for functions in map(functions_for, COMPARED):
+        kept = kept_tensors(cfg, functions, rows=rows, seq_len=seq_len, is_moe=is_moe)
+        found = residuals(cfg, functions, rows=rows, seq_len=seq_len, is_moe=is_moe)
         expected = collections.Counter((tensor.shape, tensor.dtype) for tensor in kept)
         check(
             found == expected,
-            f"{policy.name}: the backward pass holds {dict(found - expected)} beyond, and lacks "
+            f"{functions.name}: the backward pass holds {dict(found - expected)} beyond, and lacks "
             f"{dict(expected - found)} of, what planning.memory.kept_tensors counts.",
         )
         sizes: dict[str, int] = collections.defaultdict(int)
         for tensor in kept:
             sizes[tensor.part] += tensor.size
-        columns[policy.name] = {**sizes, "total": sum(sizes.values())}
+        columns[functions.name] = {**sizes, "total": sum(sizes.values())}
     tokens = rows * seq_len
     lines = ["| kept of a token | bf16, bytes | FP8, bytes | factor |", "|---|---:|---:|---:|"]
     for part, size in columns["mixed"].items():
@@ -192,8 +192,8 @@ def table(cfg: ModelConfig, *, rows: int, seq_len: int, is_moe: bool) -> str:
 def everything(cfg: ModelConfig, *, rows: int, seq_len: int, is_moe: bool) -> str:
     """What `remat="none"` keeps of a token, as a sentence: read off the backward pass."""
     sizes = []
-    for policy in (MIXED, FP8_DSV3):
-        held = residuals(cfg, policy, rows=rows, seq_len=seq_len, is_moe=is_moe, remat="none")
+    for functions in map(functions_for, COMPARED):
+        held = residuals(cfg, functions, rows=rows, seq_len=seq_len, is_moe=is_moe, remat="none")
         sizes.append(sum(Kept("", *tensor).size * count for tensor, count in held.items()) / (rows * seq_len))
     wide, narrow = sizes
     return f"remat none: {wide:,.0f} bytes a token in bf16, {narrow:,.0f} in FP8, {wide / narrow:.2f} times less"
@@ -225,9 +225,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(everything(model, **shape, is_moe=is_moe) + "\n")
         if args.compile and model.num_moe_layers:
             print(f"XLA's temporary memory on {jax.default_backend()} for each further MoE layer, compiled:")
-            for policy in (MIXED, FP8_DSV3):
-                kept = sum(tensor.size for tensor in kept_tensors(model, policy, **shape, is_moe=True))
-                print(f"{policy.name}: {allocated_a_layer(model, policy, **shape):,} bytes, {kept:,} by the table")
+            for functions in map(functions_for, COMPARED):
+                kept = sum(tensor.size for tensor in kept_tensors(model, functions, **shape, is_moe=True))
+                print(
+                    f"{functions.name}: {allocated_a_layer(model, functions, **shape):,} bytes, {kept:,} by the table"
+                )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

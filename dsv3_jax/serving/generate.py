@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.precision.policy import Policy, policy_of
+from dsv3_jax.model.functions import Functions, functions_of
+from dsv3_jax.serving.latent_cache import LatentCache
 from dsv3_jax.serving.request import checked_prompts, checked_sampling, checked_stop_ids
 from dsv3_jax.serving.sampler import Sampling, logprobs_of, next_token
-from dsv3_jax.serving.steps import LatentCache, decode, decoding_weights, prefill
+from dsv3_jax.serving.steps import decode, decoding_weights, prefill
 from dsv3_jax.typing import AnyArray, Array, Bool, Float, Int, Variables
 
 
@@ -29,7 +30,7 @@ def generate(
     seed: int | Sequence[int] | AnyArray = 0,
     eos_id: int | Sequence[int] | None = None,
     return_logprobs: bool = False,
-    policy: Policy | None = None,
+    functions: Functions | None = None,
 ) -> Any:
     """Completes each prompt by `max_new_tokens` tokens; greedy unless `temperature` > 0.
 
@@ -51,7 +52,7 @@ def generate(
         return_logprobs: also return the tokens' log-probabilities under the model's own distribution, softmax(logits):
             before temperature, top_k and top_p, as other engines report them. 0 behind the end of a sequence, so a
             row's sum is the log-probability of its completion.
-        policy: dtypes of the arithmetic; default: the dtype that the parameters have.
+        functions: what a layer is made of; default: `functions_of` the dtype that the parameters have.
 
     Returns:
         int32[B, max_new_tokens], without the prompt; with `return_logprobs`, (ids, float32[B, max_new_tokens]).
@@ -63,10 +64,10 @@ def generate(
     prompts = checked_prompts(cfg, prompt_ids, max_new_tokens)
     sampling = checked_sampling(cfg, len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     stop_ids = checked_stop_ids(cfg, eos_id)
-    policy = policy or policy_of(variables["params"]["embed"]["w"].dtype)
+    functions = functions or functions_of(variables["params"]["embed"]["w"].dtype)
     tokens, padding = _padded(prompts)
     cache_size = bucket(tokens.shape[1] + max_new_tokens)
-    cache, logits = _prefill(cfg, variables, tokens, padding, cache_size=cache_size, policy=policy)
+    cache, logits = _prefill(cfg, variables, tokens, padding, cache_size=cache_size, functions=functions)
     ids, logprobs = _complete(
         cfg,
         variables,
@@ -76,7 +77,7 @@ def generate(
         stop_ids,
         sampling,
         with_logprobs=return_logprobs,
-        policy=policy,
+        functions=functions,
     )
     ids = np.asarray(ids)[:, :max_new_tokens]
     return ids if logprobs is None else (ids, np.asarray(logprobs)[:, :max_new_tokens])
@@ -95,9 +96,9 @@ def _padded(prompts: list[np.ndarray]) -> tuple[Int[np.ndarray, "B T"], Int[np.n
     return np.stack([np.pad(prompt, (pad, 0)) for prompt, pad in zip(prompts, padding, strict=True)]), padding
 
 
-@partial(jax.jit, static_argnames=("cfg", "cache_size", "policy"))
-def _prefill(cfg, variables, tokens, padding, *, cache_size: int, policy: Policy):
-    return prefill(cfg, variables, tokens, padding, cache_size=cache_size, policy=policy)
+@partial(jax.jit, static_argnames=("cfg", "cache_size", "functions"))
+def _prefill(cfg, variables, tokens, padding, *, cache_size: int, functions: Functions):
+    return prefill(cfg, variables, tokens, padding, cache_size=cache_size, functions=functions)
 
 
 class _Progress(NamedTuple):
@@ -111,7 +112,7 @@ class _Progress(NamedTuple):
     logprobs: Float[Array, "B S"] | None
 
 
-@partial(jax.jit, static_argnames=("cfg", "with_logprobs", "policy"))
+@partial(jax.jit, static_argnames=("cfg", "with_logprobs", "functions"))
 def _complete(
     cfg: ModelConfig,
     variables: Variables,
@@ -122,7 +123,7 @@ def _complete(
     sampling: Sampling | None,
     *,
     with_logprobs: bool,
-    policy: Policy,
+    functions: Functions,
 ) -> tuple[Int[Array, "B S"], Float[Array, "B S"] | None]:
     """The whole loop on the device: its trip count is data, so any `num_tokens` shares one compilation.
 
@@ -143,9 +144,9 @@ def _complete(
         return (now.step < num_tokens) & ~now.is_done.all()
 
     def one_more(now: _Progress) -> _Progress:
-        return extend(now, *decode(cfg, weights, now.last, now.cache, policy=policy))
+        return extend(now, *decode(cfg, weights, now.last, now.cache, functions=functions))
 
-    weights = decoding_weights(cfg, variables)
+    weights = decoding_weights(cfg, variables, functions=functions)
     _, B, S, _ = cache.rows.shape
     nothing = jnp.zeros(B, jnp.int32)
     ids, logprobs = jnp.zeros((B, S), jnp.int32), jnp.zeros((B, S), jnp.float32) if with_logprobs else None

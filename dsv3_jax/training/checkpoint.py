@@ -20,8 +20,8 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.stored import complete
 from dsv3_jax.data.folder import TOKENIZER_NAME, file_sha256
 from dsv3_jax.interop.json_file import shorten
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.model.params import init
-from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.training import checkpoint_files as files
 from dsv3_jax.training.checkpoint_files import AVERAGE, HOST, MANIFEST, CheckpointError
 from dsv3_jax.training.replace import replace_file
@@ -199,7 +199,7 @@ def _variables(path: Path, run_dir: Path, use_average: bool) -> tuple[dict, dict
     config = complete(host.get("config"), where=str(path / HOST))
     _check_tokenizer(run_dir, host.get("digests"))
     cfg: ModelConfig = from_dict(config["model"], ModelConfig)
-    dtype = get_policy(str(config["precision"])).param_dtype
+    dtype = functions_for(str(config["precision"])).param_dtype
     variables = jax.eval_shape(lambda key: init(cfg, key, dtype), jax.random.key(0))
     wanted = {
         name: _empty(variables["params"], np.float32 if use_average else None),

@@ -10,8 +10,8 @@ import numpy as np
 
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.data.batch import Batch
+from dsv3_jax.model.functions import Functions, functions_for
 from dsv3_jax.model.transformer import hidden_states
-from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.training.loss import next_token_loss
 from dsv3_jax.typing import Array, Float, Variables
 
@@ -28,7 +28,7 @@ class Evaluation(NamedTuple):
 SumLoss = Callable[[Variables, Batch], Float[Array, ""]]
 
 
-def make_evaluator(cfg: RunConfig) -> SumLoss:
+def make_evaluator(cfg: RunConfig, *, functions: Functions | None = None) -> SumLoss:
     """Compiles Σ -log p(label) · weight over the positions of a batch; no MTP."""
 
     @jax.jit
@@ -39,7 +39,7 @@ def make_evaluator(cfg: RunConfig) -> SumLoss:
             batch.tokens,
             batch.positions,
             batch.segment_ids,
-            policy=get_policy(cfg.precision),
+            functions=functions or functions_for(cfg.precision),
             with_mtp=False,
         )
         head = variables["params"]["unembed"]["w"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.typing import Array, Float, Int
+from dsv3_kernels.varying import varying_alike, varying_as
 
 
 def next_token_loss_reference(
@@ -35,7 +36,7 @@ def next_token_loss(
     A label is read only where its weight is not zero. Differentiated, the gradients of hidden and unembed are made
     in the same pass as the loss, so the logits are computed once; the weights count as constants.
     """
-    return _chunked_loss(min(chunk_size, hidden.shape[1]), hidden, unembed, labels, weights)
+    return _chunked_loss(min(chunk_size, hidden.shape[1]), *varying_alike(hidden, unembed, labels, weights))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -46,7 +47,8 @@ def _chunked_loss(chunk_size, hidden, unembed, labels, weights):
         hidden_BcD, labels_Bc, weights_Bc = chunk
         return total + next_token_loss_reference(hidden_BcD, head, labels_Bc, weights_Bc), None
 
-    return lax.scan(add_chunk, jnp.float32(0), _chunks(chunk_size, hidden, labels, weights))[0]
+    zero = varying_as(jnp.float32(0), hidden)
+    return lax.scan(add_chunk, zero, _chunks(chunk_size, hidden, labels, weights))[0]
 
 
 def _forward(chunk_size, hidden, unembed, labels, weights):
@@ -63,7 +65,7 @@ def _forward(chunk_size, hidden, unembed, labels, weights):
         d_head += jnp.einsum("bcd,bcv->dv", hidden_BcD, d_logits, preferred_element_type=jnp.float32)
         return (total + loss, d_head), d_hidden.astype(hidden.dtype)
 
-    zeros = (jnp.float32(0), jnp.zeros(unembed.shape, jnp.float32))
+    zeros = varying_as((jnp.float32(0), jnp.zeros(unembed.shape, jnp.float32)), hidden)
     (total, d_unembed), d_hidden = lax.scan(add_chunk, zeros, _chunks(chunk_size, hidden, labels, weights))
     B, T, D = hidden.shape
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]

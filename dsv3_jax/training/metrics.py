@@ -37,19 +37,19 @@ def metrics_row(progress: Progress, report: StepReport, rates: Rates, speed: Spe
 
     Everything but `tokens_per_s` and `mfu` is decided by configuration and data alone.
     """
-    parts = report.parts
+    terms = report.terms
     return {
         "step": progress.step,
         "tokens": progress.tokens,
         "loss": float(report.loss),
-        "main_loss": float(parts.main),
-        "mtp_loss": _floats(parts.mtp),
-        "balance_loss": _floats(parts.balance),
+        "main_loss": float(terms.main),
+        "mtp_loss": _floats(terms.mtp),
+        "balance_loss": _floats(terms.balance),
         "grad_norm": float(report.grad_norm),
         "learning_rate": float(rates.learning_rate),
         "mtp_weight": float(rates.mtp_weight),
         "bias_speed": float(rates.bias_speed),
-        "load_max_over_mean": _floats(load_ratio(np.asarray(parts.load))),
+        "load_max_over_mean": _floats(load_ratio(np.asarray(terms.load))),
         "bias_min": _floats(report.bias_min),
         "bias_max": _floats(report.bias_max),
         "tokens_per_s": speed.tokens_per_s,

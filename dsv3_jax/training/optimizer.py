@@ -1,4 +1,7 @@
-"""AdamW as the report uses it: clip by global norm, two moments, decay on matrices only."""
+"""How a step moves what it trains: AdamW as the report uses it for parameters, ±γ for the routers' biases.
+
+Clip by global norm, two moments, decay on matrices only.
+"""
 
 from typing import Any
 
@@ -9,7 +12,7 @@ import optax
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.train import OptimizerConfig
 from dsv3_jax.model.params import ParamSpec, abstract_params
-from dsv3_jax.typing import Array, DType, Float, Params
+from dsv3_jax.typing import Array, DType, Float, Int, Params
 
 
 def make_optimizer(
@@ -47,6 +50,16 @@ def apply_update(params: Params, direction: Params, learning_rate: Float[Array, 
         return (param.astype(jnp.float32) - learning_rate * step.astype(jnp.float32)).astype(param.dtype)
 
     return jax.tree.map(move, params, direction)
+
+
+def update_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"] | Int[Array, "*L E"], speed) -> Array:
+    """Lowers the bias of overloaded experts by `speed` (γ) and raises that of underloaded ones (section 2.1.2).
+
+    `load` counts the whole batch of one step, over all devices; an expert at the mean keeps its bias.
+    """
+    load = load.astype(jnp.float32)
+    error = load.mean(axis=-1, keepdims=True) - load
+    return bias + jnp.asarray(speed, bias.dtype) * jnp.sign(error)
 
 
 def _stored_as(inner: optax.GradientTransformation, dtype: DType) -> optax.GradientTransformation:

@@ -73,9 +73,8 @@ def finish(
         console.print(results_table(results, baselines))
     attempt("the picture", _draw, run, run.run_dir / PLOT_NAME, results.get(MODEL), baselines)
     attempt("the HF folder", _export, run, stop, run.run_dir / HF_NAME)
-    seed = int(np.asarray(run.state.key)[-1] & 0x7FFFFFFF)
     model = (run.cfg, run.data.tokenizer, run.state.variables)
-    text = attempt("the sample", sample_text, *model, generate, seed=seed)
+    text = attempt("the sample", sample_text, *model, generate, seed=run.cfg.seed)
     if text is not None:
         console.rule("sample (temperature 0.7)")
         console.print(text, markup=False, highlight=False)

@@ -6,7 +6,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import grain
 import jax
@@ -21,12 +21,17 @@ from dsv3_jax.data.batch import Batch, stack
 from dsv3_jax.data.build_folder import PreparedData, prepare
 from dsv3_jax.data.loader import make_train_iterator
 from dsv3_jax.interop.hf_config import to_hf
+from dsv3_jax.interrupt import StopRequest
+from dsv3_jax.model.functions import Functions, functions_for
 from dsv3_jax.training.checkpoint import Checkpoint, CheckpointFolder, load
 from dsv3_jax.training.checkpoint_files import HOST, CheckpointError
 from dsv3_jax.training.ema import HostEMA
 from dsv3_jax.training.metrics import Progress
 from dsv3_jax.training.replace import replace_file
+from dsv3_jax.training.replaced import replaced
+from dsv3_jax.training.schedules import num_micro_batches, rates_at
 from dsv3_jax.training.state import TrainState, abstract_state, init_state
+from dsv3_jax.training.step import Rates, Step, StepReport
 
 CONFIG_NAME = "config.json"
 
@@ -43,11 +48,20 @@ HARMLESS = (
 """Keys (or groups) that may change when a run is resumed: what it learns from each batch stays the same."""
 
 
+class StepTaken(NamedTuple):
+    """One optimizer step of a run, its report still on the device."""
+
+    progress: Progress
+    report: StepReport
+    rates: Rates
+
+
 @dataclasses.dataclass
 class Run:
     """An open run. `state` is consumed by each step; `advance` puts the new one in its place."""
 
     cfg: RunConfig
+    functions: Functions
     run_dir: Path
     data: PreparedData
     batches: grain.DatasetIterator
@@ -71,6 +85,7 @@ class Run:
         average = None if self.average is None else self.average.average()
         host = {
             "config": to_dict(self.cfg),
+            "functions": replaced(self.functions, self.cfg.precision),
             "digests": self.data.digest(),
             "tokens": self.progress.tokens,
             "data": self.data_state,
@@ -79,15 +94,23 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] = print) -> Iterator[Run]:
+def open_run(
+    cfg: RunConfig,
+    run_dir: str | Path,
+    *,
+    functions: Functions | None = None,
+    say: Callable[[str], None] = print,
+) -> Iterator[Run]:
     """Everything a run needs, resumed from the newest whole checkpoint in `run_dir` when there is one.
+
+    `functions`: what a layer is made of; default: those that `cfg.precision` names.
 
     Raises:
         UserError: the model has no official form, the folder belongs to another configuration (the difference is
             shown), other data or another process, the data cannot be prepared, every checkpoint is corrupt, or the
             folder cannot be written.
     """
-    run_dir = user_path(run_dir).absolute()
+    run_dir, functions = user_path(run_dir).absolute(), functions or functions_for(cfg.precision)
     to_hf(cfg.model, "bfloat16")  # refuses here, not after training, what the export at the end cannot say
     with _locked(run_dir):
         checkpoints = CheckpointFolder(run_dir / "checkpoints", keep=cfg.train.output.keep_checkpoints, say=say)
@@ -95,6 +118,7 @@ def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] 
         found = checkpoints.newest()
         if found is not None:
             _check_configuration(cfg, run_dir, found, say)
+            _check_functions(replaced(functions, cfg.precision), run_dir, found)
         _write_config(run_dir, to_dict(cfg))
         data = prepare(cfg.data, cfg.model, run_dir, expected=_digests(found, say), say=say)
         batches = make_train_iterator(
@@ -106,7 +130,7 @@ def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] 
             mtp_depth=cfg.model.mtp_depth,
             seed=cfg.seed,
         )
-        run = _restored(cfg, run_dir, data, batches, checkpoints, found, say)
+        run = _restored(cfg, functions, run_dir, data, batches, checkpoints, found, say)
         try:
             yield run
         finally:
@@ -116,8 +140,38 @@ def open_run(cfg: RunConfig, run_dir: str | Path, *, say: Callable[[str], None] 
             batches.close()
 
 
+def steps(
+    run: Run,
+    step: Step,
+    *,
+    stop: StopRequest,
+    compiling: Callable[[str], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[StepTaken]:
+    """Takes steps on the run's own batches and schedules until it has seen its last token, and advances the run.
+
+    What compiles is announced by `compiling(name)`, which is entered around it. Raises `Stopped` between two steps as
+    soon as `stop` is requested.
+    """
+    cfg, compiled = run.cfg.train, set()
+    while run.progress.tokens < cfg.total_tokens:
+        batches = stop.run(run.next_batches, num_micro_batches(run.progress.tokens, cfg.batch))
+        tokens = run.progress.tokens + batches.tokens.size
+        rates = rates_at(tokens, cfg)
+        name = "the step" if len(batches.tokens) == 1 else "the step of several micro-batches"
+        if name not in compiled:
+            with compiling(name):
+                stop.run(step.compile, run.state, batches, rates)
+            compiled.add(name)
+        state, report = step(run.state, batches, rates)
+        run.advance(state, Progress(run.progress.step + 1, tokens))
+        if run.average is not None and run.progress.step % cfg.ema_every == 0:
+            run.average.update(run.state.params)
+        yield StepTaken(run.progress, report, rates)
+
+
 def _restored(
     cfg: RunConfig,
+    functions: Functions,
     run_dir: Path,
     data: PreparedData,
     batches: grain.DatasetIterator,
@@ -137,7 +191,7 @@ def _restored(
         say(f"resuming after step {progress.step} ({progress.tokens:,} tokens).")
     num_updates = progress.step // cfg.train.ema_every
     ema = HostEMA(average, decay=cfg.train.ema_decay, num_updates=num_updates) if has_average else None
-    return Run(cfg, run_dir, data, batches, checkpoints, progress, state, ema, batches.get_state())
+    return Run(cfg, functions, run_dir, data, batches, checkpoints, progress, state, ema, batches.get_state())
 
 
 def _continued(batches: grain.DatasetIterator, found: Checkpoint) -> Progress:
@@ -179,6 +233,18 @@ def _check_configuration(cfg: RunConfig, run_dir: Path, found: Checkpoint, say: 
         )
     for change in harmless:
         say(f"changed since the last checkpoint: {change}")
+
+
+def _check_functions(now: Mapping[str, str], run_dir: Path, found: Checkpoint) -> None:
+    """Refuses to continue with other functions than the run began with."""
+    before = found.host.get("functions", {})
+    if before != now:
+        names = (", ".join(f"{field} by {name}" for field, name in side.items()) or "none" for side in (before, now))
+        old, new = names
+        raise UserError(
+            f"{run_dir} was trained with other functions of its own (replaced then: {old}; now: {new}); give the "
+            "--config file whose get_functions(cfg) it began with, or another --run-dir."
+        )
 
 
 def _why_not(path: Path, old: Mapping[str, Any]) -> str | None:

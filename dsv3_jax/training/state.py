@@ -6,19 +6,18 @@ from typing import Any, NamedTuple
 import jax
 
 from dsv3_jax.config.run import RunConfig
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.model.params import init
-from dsv3_jax.precision.policy import get_policy
 from dsv3_jax.training.optimizer import make_optimizer
-from dsv3_jax.typing import Array, Int, Params, Variables
+from dsv3_jax.typing import Params, Variables
 
 
 class TrainState(NamedTuple):
-    """A pytree; `key` is raw key data, so that a checkpoint holds plain arrays."""
+    """A pytree of plain arrays."""
 
     params: Params
     router_state: Params
     opt_state: Any
-    key: Int[Array, "2"]
 
     @property
     def variables(self) -> Variables:
@@ -37,10 +36,9 @@ def abstract_state(cfg: RunConfig) -> TrainState:
 
 
 def _fresh_state(cfg: RunConfig) -> TrainState:
-    weights_key, run_key = jax.random.split(jax.random.key(cfg.seed))
-    variables = init(cfg.model, weights_key, get_policy(cfg.precision).param_dtype)
+    variables = init(cfg.model, jax.random.key(cfg.seed), functions_for(cfg.precision).param_dtype)
     opt_state = make_optimizer(cfg.train.optimizer, cfg.model, moment_dtype=cfg.moment_dtype).init(variables["params"])
-    return TrainState(variables["params"], variables["router_state"], opt_state, jax.random.key_data(run_key))
+    return TrainState(variables["params"], variables["router_state"], opt_state)
 
 
 # It runs once: most of XLA's optimisation would cost more than it saves. Compiler options may not be nested in

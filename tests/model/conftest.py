@@ -24,7 +24,7 @@ def variables_of() -> MakeVariables:
     return make_variables
 
 
-_forward = jax.jit(forward, static_argnames=("cfg", "policy", "attend", "route", "experts"))
+_forward = jax.jit(forward, static_argnames=("cfg", "functions"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dsv3_jax.model.attention import attend, attend_reference
-from dsv3_jax.model.latent_attention import attend_latent
 
 
 def inputs(T, dtype=jnp.float32, B=2, H=3, J=12, W=8):
@@ -75,12 +74,29 @@ def test_bfloat16_inputs_keep_their_dtype_and_have_float32_scores(attend):
     assert error < 4e-3
 
 
-def test_bfloat16_latents_have_float32_scores():
-    rng = np.random.default_rng(0)
-    shapes = (2, 5, 3, 12), (2, 5, 3, 4), (2, 97, 16)
-    q_latent, q_rope, cache = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
-    visible = jnp.asarray(rng.random((2, 5, 97)) < 0.7)
-    out = attend_latent(q_latent, q_rope, cache, visible, scale=3.0)
-    wide = attend_latent(*[x.astype(jnp.float32) for x in (q_latent, q_rope, cache)], visible, scale=3.0)
-    error = np.linalg.norm(out.astype(jnp.float32) - wide) / np.linalg.norm(wide)
-    assert error < 4e-3
+def mixed_inputs(T: int, S: int, num_key_heads: int, J: int = 12, W: int = 8) -> list[jax.Array]:
+    """Queries, keys, values of two rows and three heads of queries, and a cotangent."""
+    rng = np.random.default_rng(T)
+    shapes = (2, T, 3, J), (2, S, num_key_heads, J), (2, S, num_key_heads, W), (2, T, 3, W)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("num_key_heads", [1, 3])
+def test_queries_may_stand_anywhere_among_the_keys(num_key_heads: int) -> None:
+    """One head of keys for all is the same as that head repeated; rows that no query sees hold anything."""
+    q, k, v, _ = mixed_inputs(4, 11, num_key_heads)
+    starts, ids = jnp.asarray([2, 6], jnp.int32), jnp.ones((2, 4), jnp.int32)
+    rows = jnp.where(jnp.arange(11)[None, :] >= jnp.asarray([1, 3])[:, None], 1, 0).astype(jnp.int32)
+    out = attend(q, k, v, ids, rows, scale=0.3, q_starts=starts)
+    repeated = [jnp.repeat(x, 3 // num_key_heads, axis=2) for x in (k, v)]
+    for b in range(2):
+        for t in range(4):
+            seen = slice((1, 3)[b], int(starts[b]) + t + 1)
+            scores = np.einsum("hj,shj->hs", q[b, t], repeated[0][b, seen]) * 0.3
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            expected = np.einsum("hs,shw->hw", p / p.sum(-1, keepdims=True), repeated[1][b, seen])
+            np.testing.assert_allclose(out[b, t], expected, atol=1e-5)
+    if num_key_heads == 1:
+        unseen = (rows == 0)[:, :, None, None] | (jnp.arange(11) > 9)[None, :, None, None]
+        hollow = attend(q, k, jnp.where(unseen, jnp.nan, v), ids, rows, scale=0.3, q_starts=starts)
+        np.testing.assert_array_equal(hollow, out)

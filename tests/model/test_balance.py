@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.model.moe.router import affinity, expert_load, sequence_balance_loss, update_bias
+from dsv3_jax.model.moe.router import affinity, expert_load, sequence_balance_loss
+from dsv3_jax.training.optimizer import update_bias
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (3, 8), (7,), (2, 3, 5)])

@@ -17,19 +17,19 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.convert import to_official
 from dsv3_jax.interop.hf_names import entries, flatten
 from dsv3_jax.interop.load import load_pretrained
-from dsv3_jax.model.block import Parts, dense_block, moe_block
-from dsv3_jax.model.embedding import embed
-from dsv3_jax.model.mla import Latents, mla
+from dsv3_jax.model.functions import functions_for
+from dsv3_jax.model.layers import attention, feed_forward
+from dsv3_jax.model.mla import Latents, latents
 from dsv3_jax.model.moe.layer import Routing
 from dsv3_jax.model.moe.router import router_logits
-from dsv3_jax.model.norm import rms_norm
-from dsv3_jax.model.rope import inverse_frequencies, rope_table, softmax_scale
-from dsv3_jax.model.transformer import Output, forward, hidden_states
-from dsv3_jax.precision.policy import FLOAT32
+from dsv3_jax.model.parts import embed, rms_norm
+from dsv3_jax.model.rope import inverse_frequencies, softmax_scale
+from dsv3_jax.model.transformer import Output, context, forward, hidden_states
 from dsv3_jax.serving.generate import _prefill, bucket, generate
 from dsv3_jax.serving.steps import decode, decoding_weights
 from dsv3_jax.training.loss import next_token_loss
 
+FLOAT32 = functions_for("float32")
 ALL = ("tiny_a", "tiny_b", "tiny_c", "tiny_d")
 
 
@@ -68,23 +68,17 @@ class LayerParts(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def layer_parts(cfg: ModelConfig, params, bias, x, positions) -> LayerParts:
-    """One layer, dense where there is no router bias; compiled once for each kind."""
-    rope = rope_table(positions, rope_dim=cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
-    added = []
-
-    def mix(mla_params, normed) -> tuple[jax.Array, Latents]:
-        attn_out, latents = mla(mla_params, normed, rope, None, cfg=cfg, policy=FLOAT32)
-        added.append(attn_out)
-        return attn_out, latents
-
-    if bias is None:
-        out, latents = dense_block(params, x, mix, cfg=cfg, parts=Parts())
-        routing = logits = None
-    else:
-        out, latents, routing, _ = moe_block(params, bias, x, None, mix, cfg=cfg, parts=Parts())
-        normed = rms_norm(x + added[0], params["ffn_norm"]["scale"], eps=cfg.norm_eps)
+    """One layer, dense where there is no router; compiled once for each kind."""
+    ctx = context(cfg, x.shape[:2], positions)
+    normed = rms_norm(x, params["attn_norm"]["scale"], eps=cfg.norm_eps)
+    cached = latents(params["mla"], FLOAT32.project(normed, params["mla"]["kv_down"]), ctx.rope, cfg=cfg)
+    attn_out, _ = attention(params, x, ctx, None, cfg=cfg, functions=FLOAT32)
+    mlp_out, routing = feed_forward(params, bias, x + attn_out, ctx, cfg=cfg, functions=FLOAT32)
+    logits = None
+    if routing is not None:
+        normed = rms_norm(x + attn_out, params["ffn_norm"]["scale"], eps=cfg.norm_eps)
         logits = router_logits(params["moe"]["router"], normed)
-    return LayerParts(added[0], out - (x + added[0]), out, latents, routing, logits)
+    return LayerParts(attn_out, mlp_out, x + attn_out + mlp_out, cached, routing, logits)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -107,7 +101,7 @@ def test_rope_frequencies_and_softmax_scale(case: Case) -> None:
 def test_every_part_of_every_layer(case: Case) -> None:
     cfg, expected = case.cfg, case.expected
     tokens, positions, N = jnp.asarray(expected["input_ids"]), expected["position_ids"], expected["input_ids"].size
-    x = embed(case.variables["params"]["embed"], tokens, policy=FLOAT32)
+    x = embed(case.variables["params"]["embed"], tokens, functions=FLOAT32)
     close(x, expected["embed_out"], 1e-6)
     for layer in range(cfg.num_layers):
         params, bias = layer_of(case, layer)
@@ -204,9 +198,9 @@ def test_greedy_generation_is_exact(case: Case) -> None:
     np.testing.assert_array_equal(generate(case.cfg, case.variables, prompt, max_new_tokens=16), expected)
 
 
-@partial(jax.jit, static_argnames=("cfg", "policy"))
-def step(cfg, variables, tokens, cache, *, policy):
-    return decode(cfg, decoding_weights(cfg, variables), tokens, cache, policy=policy)
+@partial(jax.jit, static_argnames=("cfg", "functions"))
+def step(cfg, variables, tokens, cache, *, functions):
+    return decode(cfg, decoding_weights(cfg, variables, functions=functions), tokens, cache, functions=functions)
 
 
 def test_logits_of_every_generation_step(case: Case) -> None:
@@ -215,10 +209,10 @@ def test_logits_of_every_generation_step(case: Case) -> None:
     size = bucket(prompt.shape[1])
     padding = np.full(len(prompt), size - prompt.shape[1], np.int32)
     tokens = np.pad(prompt, ((0, 0), (size - prompt.shape[1], 0))).astype(np.int32)
-    cache, logits = _prefill(cfg, case.variables, tokens, padding, cache_size=bucket(size + 16), policy=FLOAT32)
+    cache, logits = _prefill(cfg, case.variables, tokens, padding, cache_size=bucket(size + 16), functions=FLOAT32)
     for i in range(16):
         close(logits, steps[:, i], 1e-4)
-        cache, logits = step(cfg, case.variables, case.expected["generated_ids"][:, i], cache, policy=FLOAT32)
+        cache, logits = step(cfg, case.variables, case.expected["generated_ids"][:, i], cache, functions=FLOAT32)
 
 
 def test_mtp_logits_of_the_official_order(case: Case) -> None:

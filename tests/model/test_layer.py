@@ -1,4 +1,4 @@
-"""The routed experts: every way of computing them equals computing all experts for all tokens."""
+"""DeepSeekMoE of one layer equals computing all experts for all tokens."""
 
 import dataclasses
 from functools import partial
@@ -6,12 +6,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dsv3_jax.config.model import MoEConfig
-from dsv3_jax.model.moe.few_tokens import gather_chosen, stacked_experts, visit_used
-from dsv3_jax.model.moe.layer import local_experts, moe
-from dsv3_jax.precision.policy import BFLOAT16, FLOAT32
+from dsv3_jax.model.functions import functions_for
+from dsv3_jax.model.moe.layer import moe
+
+FLOAT32 = functions_for("float32")
+BFLOAT16 = functions_for("bfloat16")
 
 D, F = 10, 7
 
@@ -44,63 +45,6 @@ def drawn(seed: int, N: int, E: int, K: int, how: str = "random"):
     return params, x, jnp.asarray(ids), weights
 
 
-local = jax.jit(partial(local_experts, policy=FLOAT32))
-
-
-@pytest.mark.parametrize(("N", "E", "K"), [(1, 3, 2), (37, 6, 3), (130, 5, 1), (70, 9, 4)])
-def test_sorted_blocks_equal_every_expert(N: int, E: int, K: int) -> None:
-    """Also when some experts get nothing, and when one gets everything (more than one block of 64 rows)."""
-    for how in ("random", "same") + (("even",) if K <= (E + 1) // 2 else ()):
-        params, x, ids, weights = drawn(N, N, E, K, how)
-        np.testing.assert_allclose(local(params, x, ids, weights), every_expert(params, x, ids, weights), atol=2e-5)
-
-
-def test_gradients_of_sorted_blocks_equal_those_of_every_expert() -> None:
-    params, x, ids, weights = drawn(5, 67, 5, 2, "even")
-
-    def dense(params, x, weights):
-        hidden = jnp.einsum("nd,edjf->nejf", x, params["gate_up"])
-        outs = jnp.einsum("nef,efd->ned", jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1], params["down"])
-        return jnp.einsum("nk,nkd->nd", weights, jnp.take_along_axis(outs, ids[:, :, None], axis=1))
-
-    def total(fn, *arguments):
-        return jnp.sin(fn(*arguments)).sum()
-
-    ours = jax.jit(jax.grad(partial(total, lambda p, x, w: local_experts(p, x, ids, w, policy=FLOAT32)), (0, 1, 2)))
-    theirs = jax.jit(jax.grad(partial(total, dense), (0, 1, 2)))
-    for actual, expected in zip(
-        jax.tree.leaves(ours(params, x, weights)), jax.tree.leaves(theirs(params, x, weights)), strict=True
-    ):
-        np.testing.assert_allclose(actual, expected, atol=3e-5)
-
-
-few = jax.jit(partial(stacked_experts, policy=FLOAT32))
-
-
-@pytest.mark.parametrize(("E", "K"), [(5, 3), (7, 1), (8, 4)])
-@pytest.mark.parametrize("N", [1, 2, 3, 8, 17])
-def test_few_tokens_equal_sorted_blocks(N: int, E: int, K: int) -> None:
-    layers = [drawn(10 * N + layer, N, E, K)[0] for layer in range(3)]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    for how in ("random", "same") if K < E else ("random",):
-        _, x, ids, weights = drawn(N, N, E, K, how)
-        for layer in (0, 2):
-            expected = every_expert(layers[layer], x, ids, weights)
-            np.testing.assert_allclose(few(stack, jnp.int32(layer), x, ids, weights), expected, atol=2e-5)
-
-
-@pytest.mark.parametrize("compute", [gather_chosen, visit_used])
-def test_both_ways_for_few_tokens_agree_at_any_number_of_used_experts(compute) -> None:
-    E, K = 5, 2
-    run = jax.jit(partial(compute, num_experts=E))
-    for ids in ([[0, 1], [0, 1], [1, 0]], [[0, 1], [2, 1], [1, 0]], [[4, 1], [3, 2], [0, 2]], [[3, 4], [4, 3], [2, 4]]):
-        params, x, _, weights = drawn(1, 3, 2 * E, K)
-        ids = jnp.asarray(ids, jnp.int32)
-        second = {name: leaf[E:] for name, leaf in params.items()}
-        out = run(params["gate_up"].reshape(2 * E, D, 2 * F), params["down"], jnp.int32(E), x, ids, weights)
-        np.testing.assert_allclose(out, every_expert(second, x, ids, weights), atol=2e-5)
-
-
 MOE = MoEConfig(num_experts=6, num_shared_experts=2, top_k=3, expert_dim=F, num_groups=3, groups_per_token=2)
 
 
@@ -122,7 +66,7 @@ def test_layer_is_shared_plus_chosen_experts() -> None:
     params, rng = layer_params(MOE), np.random.default_rng(1)
     x = jnp.asarray(rng.normal(0, 1, (2, 9, D)), jnp.float32)
     bias = jnp.asarray(rng.normal(0, 0.3, 6), jnp.float32)
-    out, routing, _ = jax.jit(partial(moe, cfg=MOE, policy=FLOAT32))(params, bias, x, None)
+    out, routing = jax.jit(partial(moe, cfg=MOE, functions=FLOAT32))(params, bias, x, None)
     flat = np.asarray(x, np.float64).reshape(-1, D)
     shared = np.einsum("nd,djf->njf", flat, params["shared"]["gate_up"])
     shared = silu(shared[:, 0]) * shared[:, 1] @ np.asarray(params["shared"]["down"])
@@ -130,7 +74,7 @@ def test_layer_is_shared_plus_chosen_experts() -> None:
     np.testing.assert_allclose(out.reshape(-1, D), expected, atol=3e-5)
 
     alone = dataclasses.replace(MOE, num_shared_experts=0)
-    without, _, _ = moe(params, bias, x, None, cfg=alone, policy=FLOAT32)
+    without, _ = moe(params, bias, x, None, cfg=alone, functions=FLOAT32)
     np.testing.assert_allclose(without.reshape(-1, D), expected - shared, atol=3e-5)
 
 
@@ -138,17 +82,17 @@ def test_padding_counts_in_no_load_and_changes_no_token() -> None:
     params, rng = layer_params(MOE), np.random.default_rng(2)
     x = jnp.asarray(rng.normal(0, 1, (2, 9, D)), jnp.float32)
     valid = jnp.asarray(rng.random((2, 9)) < 0.6)
-    run = jax.jit(partial(moe, cfg=MOE, policy=FLOAT32))
-    out, routing, balance = run(params, jnp.zeros(6), x, valid)
+    run = jax.jit(partial(moe, cfg=MOE, functions=FLOAT32))
+    out, routing = run(params, jnp.zeros(6), x, valid)
     assert int(routing.load.sum()) == 3 * int(valid.sum())
     noise = jnp.where(valid[..., None], x, 7.0)
-    other, other_routing, other_balance = run(params, jnp.zeros(6), noise, valid)
+    other, other_routing = run(params, jnp.zeros(6), noise, valid)
     np.testing.assert_allclose(np.asarray(out)[valid], np.asarray(other)[valid], atol=1e-6)
     np.testing.assert_array_equal(routing.load, other_routing.load)
-    np.testing.assert_allclose(balance, other_balance, rtol=1e-6)
+    np.testing.assert_allclose(routing.balance_loss, other_routing.balance_loss, rtol=1e-6)
 
 
-def test_router_route_and_experts_can_be_replaced() -> None:
+def test_router_and_experts_can_be_replaced() -> None:
     params = layer_params(MOE)
     x = jnp.asarray(np.random.default_rng(3).normal(0, 1, (1, 4, D)), jnp.float32)
 
@@ -156,22 +100,37 @@ def test_router_route_and_experts_can_be_replaced() -> None:
         ids = jnp.broadcast_to(jnp.arange(3, dtype=jnp.int32)[None, :], (logits.shape[0], 3))
         return jnp.full(ids.shape, 0.5), ids
 
-    def sum_of_weights(params, x, ids, weights, *, policy):
-        return jnp.broadcast_to(weights.sum(-1, keepdims=True), x.shape)
+    def weight_alone(gate_up, down, dispatched):
+        return jnp.broadcast_to(dispatched.weights[:, None], dispatched.rows.shape)
 
     alone = dataclasses.replace(MOE, num_shared_experts=0)
-    out, routing, _ = moe(params, None, x, None, cfg=alone, policy=FLOAT32, route=first_three, experts=sum_of_weights)
+    functions = dataclasses.replace(FLOAT32, route=first_three, expert_ffn=weight_alone)
+    out, routing = moe(params, None, x, None, cfg=alone, functions=functions)
     np.testing.assert_array_equal(routing.load, [4, 4, 4, 0, 0, 0])
     np.testing.assert_array_equal(out, 1.5)
+
+
+def test_padding_goes_to_no_expert() -> None:
+    params, rng = layer_params(MOE), np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(0, 1, (2, 9, D)), jnp.float32)
+    alone, valid = dataclasses.replace(MOE, num_shared_experts=0), jnp.asarray(rng.random((2, 9)) < 0.6)
+    out, _ = jax.jit(partial(moe, cfg=alone, functions=FLOAT32))(params, jnp.zeros(6), x, valid)
+    np.testing.assert_array_equal(np.asarray(out)[~np.asarray(valid)], 0)
+
+
+def test_experts_of_one_layer_are_found_in_a_stack_of_all() -> None:
+    params, x = layer_params(MOE), jnp.asarray(np.random.default_rng(5).normal(0, 1, (1, 3, D)), jnp.float32)
+    run = jax.jit(partial(moe, cfg=MOE, functions=FLOAT32))
+    stack = jax.tree.map(lambda w: jnp.concatenate([jnp.full_like(w, jnp.nan), w]), params["experts"])
+    inside, _ = run({**params, "experts": stack}, jnp.zeros(6), x, None, first_expert=jnp.int32(6))
+    np.testing.assert_allclose(inside, run(params, jnp.zeros(6), x, None)[0], atol=1e-6)
 
 
 def test_bfloat16_is_as_close_as_its_rounding_allows() -> None:
     params, x, ids, weights = drawn(9, 40, 6, 3)
     exact = every_expert(params, x, ids, weights)
-    for out in (
-        local_experts(params, x, ids, weights, policy=BFLOAT16),
-        stacked_experts(jax.tree.map(lambda w: w[None], params), jnp.int32(0), x, ids, weights, policy=BFLOAT16),
-    ):
-        assert out.dtype == jnp.bfloat16
-        error = np.asarray(out, np.float64) - exact
-        assert np.linalg.norm(error) < 0.015 * np.linalg.norm(exact)
+    sent = BFLOAT16.dispatch(x.astype(jnp.bfloat16)[None], ids[None], weights[None], num_experts=6)
+    out = BFLOAT16.combine(BFLOAT16.expert_ffn(params["gate_up"], params["down"], sent), sent.plan)
+    assert out.dtype == jnp.bfloat16
+    error = np.asarray(out, np.float64) - exact
+    assert np.linalg.norm(error) < 0.015 * np.linalg.norm(exact)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.parts import rms_norm
 
 
 def exact(x, scale, eps: float) -> np.ndarray:

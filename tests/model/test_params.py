@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.model.moe.router import router_biases, stack_bias, with_router_biases
 from dsv3_jax.model.params import (
     ParamSpec,
     abstract_params,
     draw_leaf,
     init,
-    router_biases,
-    stack_bias,
-    with_router_biases,
 )
 from dsv3_jax.model.tree import model_tree
 

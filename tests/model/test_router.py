@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.model.moe.layer import moe
 from dsv3_jax.model.moe.router import affinity, expert_load, route, router_logits
-from dsv3_jax.precision.policy import BFLOAT16
+
+BFLOAT16 = functions_for("bfloat16")
 
 route_jit = jax.jit(
     route, static_argnames=("num_groups", "groups_per_token", "top_k", "score", "normalize_weights", "scale")
@@ -174,8 +176,8 @@ def test_router_computes_in_float32_from_bfloat16(config, variables_of) -> None:
     exact = np.asarray(x, np.float64) @ np.asarray(layer["router"]["w"], np.float64)
     np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
     bias = jnp.zeros(cfg.moe.num_experts)
-    _, routing, balance = jax.jit(partial(moe, cfg=cfg.moe, policy=BFLOAT16))(layer, bias, x, None)
-    assert routing.weights.dtype == balance.dtype == jnp.float32
+    _, routing = jax.jit(partial(moe, cfg=cfg.moe, functions=BFLOAT16))(layer, bias, x, None)
+    assert routing.weights.dtype == routing.balance_loss.dtype == jnp.float32
     ids = np.asarray(routing.ids)
     s = 1 / (1 + np.exp(-np.take_along_axis(exact.reshape(10, -1), ids, -1)))
     np.testing.assert_allclose(routing.weights, cfg.moe.scale * s / s.sum(-1, keepdims=True), rtol=1e-4)

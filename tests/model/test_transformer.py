@@ -1,5 +1,6 @@
 """The whole forward pass: documents, padding, causality, rematerialisation, replaceable equations."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 from dsv3_jax.model.attention import attend_reference
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.model.moe.router import route
 from dsv3_jax.model.transformer import hidden_states
+
+FLOAT32 = functions_for("float32")
 
 
 def tokens_of(cfg, shape, seed: int = 0) -> np.ndarray:
@@ -43,7 +47,7 @@ def test_packed_documents_equal_documents_alone(config, variables_of, run_forwar
         np.testing.assert_array_equal(packed.router.load[layer], np.bincount(chosen, minlength=cfg.moe.num_experts))
 
     states = jax.jit(partial(hidden_states, cfg))(variables, tokens, positions, segments)
-    np.testing.assert_array_equal(states.mtp_load.sum(1), [cfg.moe.top_k * (11 - 2 * k) for k in (1, 2)])
+    np.testing.assert_array_equal(states.mtp_routing.load.sum(1), [cfg.moe.top_k * (11 - 2 * k) for k in (1, 2)])
 
 
 def test_what_padding_holds_does_not_matter(config, variables_of, run_forward) -> None:
@@ -90,7 +94,8 @@ def test_models_of_one_kind_of_layer(config, variables_of, run_forward, changes)
     assert np.isfinite(out.logits).all()
     assert (out.router is None) == (cfg.num_moe_layers == 0)
     states = jax.eval_shape(partial(hidden_states, cfg), variables, tokens)
-    assert states.balance_loss.shape == (cfg.num_moe_layers,)
+    assert states.mtp_routing is None
+    assert states.routing is None or states.routing.balance_loss.shape == (cfg.num_moe_layers,)
 
 
 def test_layers_run_in_order(config, variables_of, run_forward) -> None:
@@ -112,7 +117,7 @@ def test_layers_run_in_order(config, variables_of, run_forward) -> None:
 
 
 def test_equations_can_be_replaced(config, variables_of, run_forward) -> None:
-    """`forward(..., route=my_route)` reaches every MoE layer and module; so does `attend`."""
+    """A router put in with `dataclasses.replace` reaches every MoE layer and module; so does an attention core."""
     cfg = config(mtp_depth=2)
     variables, tokens = variables_of(cfg), tokens_of(cfg, (1, 13))
 
@@ -120,10 +125,11 @@ def test_equations_can_be_replaced(config, variables_of, run_forward) -> None:
         weights, ids = route(logits, bias, **how)
         return jnp.full_like(weights, 0.25), ids
 
-    out, plain = run_forward(cfg, variables, tokens, route=my_route), run_forward(cfg, variables, tokens)
+    routed = dataclasses.replace(FLOAT32, route=my_route)
+    out, plain = run_forward(cfg, variables, tokens, functions=routed), run_forward(cfg, variables, tokens)
     np.testing.assert_array_equal(out.router.weights, 0.25)
     assert np.abs(np.asarray(out.mtp_logits[1] - plain.mtp_logits[1])).max() > 1e-3
-    same = run_forward(cfg, variables, tokens, attend=attend_reference)
+    same = run_forward(cfg, variables, tokens, functions=dataclasses.replace(FLOAT32, attend=attend_reference))
     np.testing.assert_allclose(same.logits, plain.logits, atol=1e-4)
 
 
@@ -135,8 +141,10 @@ def backward(request, config, variables_of):
 
     def total(params, remat):
         states = hidden_states(cfg, {**variables, "params": params}, tokens, remat=remat)
-        ahead = 0.0 if states.mtp_hidden is None else jnp.sin(states.mtp_hidden).sum()
-        return jnp.sin(states.hidden).sum() + ahead + states.balance_loss.sum()
+        ahead = 0.0
+        if states.mtp_hidden is not None:
+            ahead = jnp.sin(states.mtp_hidden).sum() + states.mtp_routing.balance_loss.sum()
+        return jnp.sin(states.hidden).sum() + ahead + states.routing.balance_loss.sum()
 
     compiled = {}
     for remat in ("none", "paper", "full"):

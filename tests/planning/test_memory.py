@@ -6,23 +6,26 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.config.load import load_config
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.planning.memory import allocated_a_layer, kept_tensors, main, residuals
-from dsv3_jax.precision.policy import FP8_DSV3, MIXED
+
+MIXED = functions_for("mixed")
+FP8 = functions_for("fp8_dsv3")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = load_config(CONFIGS / "tiny.py").model
 
 
-@pytest.mark.parametrize("policy", [MIXED, FP8_DSV3], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("functions", [MIXED, FP8], ids=lambda functions: functions.name)
 @pytest.mark.parametrize("is_moe", [False, True], ids=["dense", "moe"])
-def test_shapes_account_for_every_tensor_of_the_backward_pass(policy, is_moe):
-    kept = kept_tensors(TINY, policy, rows=3, seq_len=50, is_moe=is_moe)
+def test_shapes_account_for_every_tensor_of_the_backward_pass(functions, is_moe):
+    kept = kept_tensors(TINY, functions, rows=3, seq_len=50, is_moe=is_moe)
     counted = collections.Counter((tensor.shape, tensor.dtype) for tensor in kept)
-    assert residuals(TINY, policy, rows=3, seq_len=50, is_moe=is_moe) == counted
+    assert residuals(TINY, functions, rows=3, seq_len=50, is_moe=is_moe) == counted
 
 
 def test_nothing_of_a_layer_but_its_input_is_kept_by_full_rematerialisation():
-    held = residuals(TINY, FP8_DSV3, rows=2, seq_len=40, is_moe=True, remat="full")
+    held = residuals(TINY, FP8, rows=2, seq_len=40, is_moe=True, remat="full")
     assert held == collections.Counter({((2, 40, TINY.model_dim), "bfloat16"): 1})
 
 
@@ -43,8 +46,8 @@ def test_the_table_of_the_released_model(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [MIXED, FP8_DSV3], ids=lambda policy: policy.name)
-def test_xla_allocates_for_a_layer_what_the_shapes_say(policy):
+@pytest.mark.parametrize("functions", [MIXED, FP8], ids=lambda functions: functions.name)
+def test_xla_allocates_for_a_layer_what_the_shapes_say(functions):
     """To 64 bytes, which is what XLA aligns a buffer to."""
-    kept = sum(tensor.size for tensor in kept_tensors(TINY, policy, rows=8, seq_len=256, is_moe=True))
-    assert abs(allocated_a_layer(TINY, policy, rows=8, seq_len=256) - kept) <= 64
+    kept = sum(tensor.size for tensor in kept_tensors(TINY, functions, rows=8, seq_len=256, is_moe=True))
+    assert abs(allocated_a_layer(TINY, functions, rows=8, seq_len=256) - kept) <= 64

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dsv3_jax.model.moe.dispatch import plan_blocks
 from dsv3_jax.precision.fp8_experts import BLOCK_ROWS, expert_ffn
 from dsv3_jax.precision.gradient_tiles import Tile
 from dsv3_jax.precision.wire import gather_payload, sum_payload_rows
+from dsv3_kernels.routed_experts.plan import plan_blocks
 
 
 def weight_of_row(weights: Any, plan: Any) -> Any:

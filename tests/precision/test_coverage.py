@@ -15,10 +15,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore[repor
 
 from dsv3_jax.config.load import load_config
 from dsv3_jax.interop.hf_names import entries
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.model.params import abstract_params
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.precision.coverage import coverage_table, row_of
-from dsv3_jax.precision.policy import FP8_DSV3, MIXED
+
+MIXED = functions_for("mixed")
+FP8 = functions_for("fp8_dsv3")
 
 TINY = load_config(Path(__file__).parents[2] / "configs" / "tiny.py").model
 
@@ -160,10 +163,10 @@ def paths_of(tree) -> list[str]:
 @pytest.fixture(scope="module", params=["forward", "gradient"])
 def traced(request):
     """Every meeting of a parameter with data, and of data with data, in tiny's forward or backward pass."""
-    return request.param, uses_of(FP8_DSV3, request.param)
+    return request.param, uses_of(FP8, request.param)
 
 
-def uses_of(policy, direction: str):
+def uses_of(functions, direction: str):
     specs = abstract_params(TINY)
     shapes = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs, is_leaf=lambda leaf: hasattr(leaf, "axes")
@@ -171,7 +174,7 @@ def uses_of(policy, direction: str):
     tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
 
     def total(variables, tokens):
-        out = forward(TINY, variables, tokens, policy=policy)
+        out = forward(TINY, variables, tokens, functions=functions)
         return jnp.sin(out.logits).mean() + jnp.sin(out.mtp_logits[0]).mean()
 
     run = (

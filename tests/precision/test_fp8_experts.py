@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.moe.dispatch import plan_blocks
 from dsv3_jax.precision.fp8_experts import BLOCK_ROWS, expert_ffn
 from dsv3_jax.precision.wire import gather, gather_payload, to_payload, unpack
 from dsv3_kernels import cast_blocks, grouped_fp8_gemm, swiglu_cast
+from dsv3_kernels.routed_experts.plan import plan_blocks
 from tests.precision.fp8_routed import routed, weight_of_row
 
 

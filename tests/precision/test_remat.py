@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.load import load_config
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.model.params import init
 from dsv3_jax.model.transformer import hidden_states
-from dsv3_jax.precision.policy import FP8_DSV3
+
+FP8 = functions_for("fp8_dsv3")
 
 
 @pytest.mark.slow
@@ -19,7 +21,7 @@ def test_every_rematerialisation_gives_the_same_gradients(repository):
 
     def gradients(remat):
         def total(params):
-            states = hidden_states(cfg, {**variables, "params": params}, tokens, policy=FP8_DSV3, remat=remat)
+            states = hidden_states(cfg, {**variables, "params": params}, tokens, functions=FP8, remat=remat)
             return jnp.sin(states.hidden.astype(jnp.float32)).mean() + states.balance_loss.sum()
 
         # XLA may leave out the rounding to bfloat16 within a fused kernel, and fuses each program in its own way.

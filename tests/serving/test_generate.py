@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.check import ConfigError
-from dsv3_jax.precision.policy import BFLOAT16
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.serving import generate as module
 from dsv3_jax.serving.generate import bucket, generate
 from dsv3_jax.serving.request import checked_prompts, checked_sampling, checked_stop_ids
+
+BFLOAT16 = functions_for("bfloat16")
 
 
 def prompts_of(cfg, lengths, seed: int = 0) -> list[list[int]]:
@@ -255,10 +257,10 @@ def test_sampling_parameters_that_are_no_numbers_are_refused(base, how, message)
         checked_sampling(base[0], 2, **(every | how))
 
 
-def test_bfloat16_parameters_decide_the_policy(base, variables_of) -> None:
+def test_bfloat16_parameters_decide_the_arithmetic(base, variables_of) -> None:
     cfg, _ = base
     variables = variables_of(cfg, 0, jnp.bfloat16)
     out = generate(cfg, variables, prompts_of(cfg, (4, 6, 5)), 12)
     assert out.shape == (3, 12)
     assert ((out >= 0) & (out < cfg.vocab_size)).all()
-    np.testing.assert_array_equal(generate(cfg, variables, prompts_of(cfg, (4, 6, 5)), 12, policy=BFLOAT16), out)
+    np.testing.assert_array_equal(generate(cfg, variables, prompts_of(cfg, (4, 6, 5)), 12, functions=BFLOAT16), out)

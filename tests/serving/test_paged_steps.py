@@ -11,14 +11,18 @@ import pytest
 
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.interop.load import load_pretrained
-from dsv3_jax.precision.policy import BFLOAT16, FLOAT32
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.serving import steps
-from dsv3_jax.serving.paged_steps import PagedCache, empty_pages, paged_decode, paged_prefill
+from dsv3_jax.serving.paged_cache import PagedCache, empty_pages
+from dsv3_jax.serving.paged_steps import paged_decode, paged_prefill
 from dsv3_kernels import dispatch
 
-STATIC = ("cfg", "policy", "implementation")
-contiguous_prefill = jax.jit(steps.prefill, static_argnames=("cfg", "cache_size", "policy"))
-contiguous_decode = jax.jit(steps.decode, static_argnames=("cfg", "policy"))
+FLOAT32 = functions_for("float32")
+BFLOAT16 = functions_for("bfloat16")
+
+STATIC = ("cfg", "functions", "implementation")
+contiguous_prefill = jax.jit(steps.prefill, static_argnames=("cfg", "cache_size", "functions"))
+contiguous_decode = jax.jit(steps.decode, static_argnames=("cfg", "functions"))
 prefill_step = jax.jit(paged_prefill, static_argnames=STATIC, donate_argnames="cache")
 decode_step = jax.jit(paged_decode, static_argnames=STATIC, donate_argnames="cache")
 
@@ -40,7 +44,9 @@ one_of_them = pytest.mark.parametrize("tiny", ["tiny_a"], indirect=True)
 def tiny(request, golden: Path) -> Tiny:
     folder = golden / "hf" / request.param
     cfg, variables = load_pretrained(folder)
-    return Tiny(cfg, steps.decoding_weights(cfg, variables), np.load(folder / "expected.npz"), variables)
+    return Tiny(
+        cfg, steps.decoding_weights(cfg, variables, functions=FLOAT32), np.load(folder / "expected.npz"), variables
+    )
 
 
 def fresh_cache(cfg: ModelConfig, B: int, columns: int, dtype=jnp.float32, seed: int = 0) -> PagedCache:
@@ -63,7 +69,7 @@ def test_greedy_ids_of_the_golden_checkpoints(tiny: Tiny, implementation: str) -
     prompt = jnp.asarray(tiny.expected["prompt_ids"], jnp.int32)
     B, T = prompt.shape
     cache = fresh_cache(tiny.cfg, B, 2)
-    settings = {"policy": FLOAT32, "implementation": implementation}
+    settings = {"functions": FLOAT32, "implementation": implementation}
     cache, logits = prefill_step(tiny.cfg, tiny.weights, prompt, everyone(B, T), cache, **settings)
     for i in range(16):
         np.testing.assert_allclose(logits, tiny.expected["generated_step_logits"][:, i], atol=1e-4)
@@ -86,11 +92,13 @@ def unequal(tiny: Tiny):
     width = max(LENGTHS)
     padding = np.array([width - n for n in LENGTHS], np.int32)
     tokens = np.stack([np.pad(row[:n], (width - n, 0)) for row, n in zip(rows, LENGTHS)])
-    cache, logits = contiguous_prefill(tiny.cfg, tiny.variables, tokens, padding, cache_size=width + 8, policy=FLOAT32)
+    cache, logits = contiguous_prefill(
+        tiny.cfg, tiny.variables, tokens, padding, cache_size=width + 8, functions=FLOAT32
+    )
     all_logits = [logits]
     for i in range(8):
         following = np.array([row[n + i] for row, n in zip(rows, LENGTHS)])
-        cache, logits = contiguous_decode(tiny.cfg, tiny.weights, following, cache, policy=FLOAT32)
+        cache, logits = contiguous_decode(tiny.cfg, tiny.weights, following, cache, functions=FLOAT32)
         all_logits.append(logits)
     return rows, np.stack(all_logits, axis=1)
 
@@ -103,7 +111,7 @@ def prefilled(tiny: Tiny, rows, chunk: int) -> tuple[PagedCache, np.ndarray]:
         counts = np.clip(np.array(LENGTHS) - start, 0, chunk).astype(np.int32)
         tokens = np.stack([np.resize(row[start : start + n], chunk) if n else np.zeros(chunk, np.int32)
                            for row, n in zip(rows, counts)])  # fmt: skip
-        cache, logits = prefill_step(tiny.cfg, tiny.weights, tokens, counts, cache, policy=FLOAT32)
+        cache, logits = prefill_step(tiny.cfg, tiny.weights, tokens, counts, cache, functions=FLOAT32)
         for b, count in enumerate(counts):
             last[b] = np.asarray(logits[b]) if count else last[b]
     return cache, np.stack(last)
@@ -127,7 +135,7 @@ def test_steps_of_any_size_give_the_logits_of_the_contiguous_cache(tiny: Tiny, u
     B, S = len(LENGTHS), tokens_a_step
     for i in range(0, 8, S):
         tokens = np.stack([row[n + i : n + i + S] for row, n in zip(rows, LENGTHS)])
-        cache, logits = decode_step(tiny.cfg, tiny.weights, tokens, everyone(B, S), cache, policy=FLOAT32)
+        cache, logits = decode_step(tiny.cfg, tiny.weights, tokens, everyone(B, S), cache, functions=FLOAT32)
         np.testing.assert_allclose(logits, expected[:, i + 1 : i + 1 + S], atol=1e-4)
         np.testing.assert_array_equal(logits.argmax(-1), expected[:, i + 1 : i + 1 + S].argmax(-1))
 
@@ -140,7 +148,7 @@ def test_who_sits_out_keeps_his_cache(tiny: Tiny, unequal) -> None:
     tokens = np.stack([row[n : n + 1] for row, n in zip(rows, LENGTHS)])
     for counts in ([1, 0, 1, 0], [0, 1, 0, 1]):
         active = np.array(counts, np.int32)
-        cache, logits = decode_step(tiny.cfg, tiny.weights, tokens, active, cache, policy=FLOAT32)
+        cache, logits = decode_step(tiny.cfg, tiny.weights, tokens, active, cache, functions=FLOAT32)
         np.testing.assert_allclose(logits[active == 1, 0], expected[active == 1, 1], atol=1e-4)
     np.testing.assert_array_equal(cache.lengths, np.array(LENGTHS) + 1)
 
@@ -152,7 +160,7 @@ def test_lengths_compile_nothing(tiny: Tiny, unequal) -> None:
     token = np.zeros((4, 1), np.int32)
     for lengths in ([0, 1, 2, 3], [63, 64, 65, 126]):
         cache = cache._replace(lengths=np.array(lengths, np.int32))
-        cache, _ = decode_step(tiny.cfg, tiny.weights, token, everyone(4, 1), cache, policy=FLOAT32)
+        cache, _ = decode_step(tiny.cfg, tiny.weights, token, everyone(4, 1), cache, functions=FLOAT32)
     assert decode_step._cache_size() - before <= 1
 
 
@@ -161,21 +169,23 @@ def test_bfloat16_pages_stay_near_float32(tiny: Tiny, unequal) -> None:
     rows, _ = unequal
     prompt = np.stack([row[:5] for row in rows])
     results = []
-    for policy in (FLOAT32, BFLOAT16):
-        cache = fresh_cache(tiny.cfg, 4, 1, policy.compute_dtype)
-        params = jax.tree.map(lambda leaf, policy=policy: leaf.astype(policy.param_dtype), tiny.weights["params"])
+    for functions in (FLOAT32, BFLOAT16):
+        cache = fresh_cache(tiny.cfg, 4, 1, functions.compute_dtype)
+        params = jax.tree.map(
+            lambda leaf, functions=functions: leaf.astype(functions.param_dtype), tiny.weights["params"]
+        )
         weights = {**tiny.weights, "params": params}
-        cache, _ = prefill_step(tiny.cfg, weights, prompt, everyone(4, 5), cache, policy=policy)
+        cache, _ = prefill_step(tiny.cfg, weights, prompt, everyone(4, 5), cache, functions=functions)
         next_tokens = np.stack([row[5:6] for row in rows])
-        cache, logits = decode_step(tiny.cfg, weights, next_tokens, everyone(4, 1), cache, policy=policy)
-        assert cache.pages.dtype == policy.compute_dtype
+        cache, logits = decode_step(tiny.cfg, weights, next_tokens, everyone(4, 1), cache, functions=functions)
+        assert cache.pages.dtype == functions.compute_dtype
         results.append(np.asarray(logits))
     assert np.linalg.norm(results[1] - results[0]) < 0.1 * np.linalg.norm(results[0])
 
 
 @one_of_them
 def test_one_plan_serves_all_layers(tiny: Tiny) -> None:
-    step = partial(paged_decode, tiny.cfg, policy=FLOAT32)
+    step = partial(paged_decode, tiny.cfg, functions=FLOAT32)
     arguments = tiny.weights, jnp.zeros((2, 1), jnp.int32), everyone(2, 1), fresh_cache(tiny.cfg, 2, 1)
     program = jax.make_jaxpr(step)(*arguments)
     loops = [str(each) for each in program.eqns if each.primitive.name == "scan"]
@@ -190,6 +200,6 @@ def test_a_kernel_that_cannot_run_here_says_so(tiny: Tiny, step) -> None:
     if dispatch.why_no_pallas() is None:
         pytest.skip("a Hopper GPU is here")
     cache = fresh_cache(tiny.cfg, 1, 1)
-    settings = {"policy": FLOAT32, "implementation": "pallas"}
+    settings = {"functions": FLOAT32, "implementation": "pallas"}
     with pytest.raises(NotImplementedError, match=r"cache_write\(implementation=\"pallas\"\)"):
         step(tiny.cfg, tiny.weights, np.zeros((1, 1), np.int32), everyone(1, 1), cache, **settings)

@@ -7,18 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.precision.policy import BFLOAT16, FLOAT32
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.serving.steps import decode, decoding_weights, prefill
+
+FLOAT32 = functions_for("float32")
+BFLOAT16 = functions_for("bfloat16")
 
 S, T = 14, 8
 PADDING = np.array([0, 3, 7], np.int32)
 
-prefill_jit = jax.jit(prefill, static_argnames=("cfg", "cache_size", "policy"))
+prefill_jit = jax.jit(prefill, static_argnames=("cfg", "cache_size", "functions"))
 
 
-@partial(jax.jit, static_argnames=("cfg", "policy"))
-def decode_jit(cfg, variables, tokens, cache, *, policy):
-    return decode(cfg, decoding_weights(cfg, variables), tokens, cache, policy=policy)
+@partial(jax.jit, static_argnames=("cfg", "functions"))
+def decode_jit(cfg, variables, tokens, cache, *, functions):
+    return decode(cfg, decoding_weights(cfg, variables, functions=functions), tokens, cache, functions=functions)
 
 
 def tokens_of(cfg, count: int, seed: int = 0) -> np.ndarray:
@@ -29,7 +32,7 @@ def tokens_of(cfg, count: int, seed: int = 0) -> np.ndarray:
 def started(model):
     cfg, variables = model
     tokens = tokens_of(cfg, T + 5)
-    cache, logits = prefill_jit(cfg, variables, tokens[:, :T], PADDING, cache_size=S, policy=FLOAT32)
+    cache, logits = prefill_jit(cfg, variables, tokens[:, :T], PADDING, cache_size=S, functions=FLOAT32)
     return cfg, variables, tokens, cache, logits
 
 
@@ -52,7 +55,7 @@ def test_every_step_equals_the_uncached_forward(started, uncached_logits) -> Non
     unused |= np.arange(S)[None, :] >= T
     cache = cache._replace(rows=jnp.where(unused[None, :, :, None], jnp.nan, cache.rows))
     for step in range(5):
-        cache, logits = decode_jit(cfg, variables, tokens[:, T + step], cache, policy=FLOAT32)
+        cache, logits = decode_jit(cfg, variables, tokens[:, T + step], cache, functions=FLOAT32)
         assert int(cache.length) == T + step + 1
         for b, pad in enumerate(PADDING):
             np.testing.assert_allclose(logits[b], expected[b][T + step - pad], atol=1e-4)
@@ -61,8 +64,8 @@ def test_every_step_equals_the_uncached_forward(started, uncached_logits) -> Non
 def test_decoded_rows_equal_prefilled_rows(started) -> None:
     cfg, variables, tokens, cache, _ = started
     for step in range(5):
-        cache, logits = decode_jit(cfg, variables, tokens[:, T + step], cache, policy=FLOAT32)
-    at_once, last = prefill_jit(cfg, variables, tokens, PADDING, cache_size=S, policy=FLOAT32)
+        cache, logits = decode_jit(cfg, variables, tokens[:, T + step], cache, functions=FLOAT32)
+    at_once, last = prefill_jit(cfg, variables, tokens, PADDING, cache_size=S, functions=FLOAT32)
     real = np.arange(S)[None, :] >= PADDING[:, None]
     np.testing.assert_allclose(np.asarray(cache.rows)[:, real], np.asarray(at_once.rows)[:, real], atol=1e-4)
     np.testing.assert_allclose(logits, last, atol=2e-4)
@@ -71,9 +74,9 @@ def test_decoded_rows_equal_prefilled_rows(started) -> None:
 def test_the_cache_can_be_filled_to_its_last_row(base) -> None:
     cfg, variables = base
     tokens = tokens_of(cfg, T + 1, 1)
-    tight, _ = prefill_jit(cfg, variables, tokens[:, :T], PADDING, cache_size=T + 1, policy=FLOAT32)
-    roomy, _ = prefill_jit(cfg, variables, tokens[:, :T], PADDING, cache_size=S, policy=FLOAT32)
-    one, two = (decode_jit(cfg, variables, tokens[:, T], cache, policy=FLOAT32)[1] for cache in (tight, roomy))
+    tight, _ = prefill_jit(cfg, variables, tokens[:, :T], PADDING, cache_size=T + 1, functions=FLOAT32)
+    roomy, _ = prefill_jit(cfg, variables, tokens[:, :T], PADDING, cache_size=S, functions=FLOAT32)
+    one, two = (decode_jit(cfg, variables, tokens[:, T], cache, functions=FLOAT32)[1] for cache in (tight, roomy))
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
@@ -82,11 +85,11 @@ def test_bfloat16_cache_stays_near_float32(base, variables_of) -> None:
     narrow = variables_of(cfg, 0, jnp.bfloat16)
     tokens = tokens_of(cfg, T + 1, 2)
     results = {}
-    for policy, held in ((FLOAT32, variables), (BFLOAT16, narrow)):
-        cache, _ = prefill_jit(cfg, held, tokens[:, :T], PADDING, cache_size=S, policy=policy)
-        cache, logits = decode_jit(cfg, held, tokens[:, T], cache, policy=policy)
-        assert cache.rows.dtype == policy.compute_dtype
+    for functions, held in ((FLOAT32, variables), (BFLOAT16, narrow)):
+        cache, _ = prefill_jit(cfg, held, tokens[:, :T], PADDING, cache_size=S, functions=functions)
+        cache, logits = decode_jit(cfg, held, tokens[:, T], cache, functions=functions)
+        assert cache.rows.dtype == functions.compute_dtype
         assert logits.dtype == jnp.float32
-        results[policy.name] = np.asarray(logits)
+        results[functions.name] = np.asarray(logits)
     error = results["bfloat16"] - results["float32"]
     assert np.linalg.norm(error) < 0.3 * np.linalg.norm(results["float32"])

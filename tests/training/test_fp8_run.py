@@ -11,9 +11,11 @@ import dsv3_jax as ds
 from dsv3_jax.config.check import ConfigError
 from dsv3_jax.config.load import load_config
 from dsv3_jax.interop.export import export
-from dsv3_jax.precision.policy import FP8_DSV3
+from dsv3_jax.model.functions import functions_for
 from dsv3_jax.training.state import abstract_state
 from train import main
+
+FP8 = functions_for("fp8_dsv3")
 
 MIDGET = Path(__file__).parent / "midget.py"
 
@@ -58,7 +60,7 @@ def test_a_run_in_fp8_learns_is_exported_and_generates(tmp_path: Path):
     cfg = export(run_dir, tmp_path / "fp8", dtype="float8_e4m3fn")
     _, variables = ds.load_pretrained(tmp_path / "fp8", dtype="float32")
     prompt = np.arange(2, 10)[None, :]
-    for policy in (None, FP8_DSV3):
-        ids = ds.generate(cfg, variables, prompt, max_new_tokens=3, policy=policy)
+    for functions in (None, FP8):
+        ids = ds.generate(cfg, variables, prompt, max_new_tokens=3, functions=functions)
         assert ids.shape == (1, 3)
         assert (ids < cfg.vocab_size).all()

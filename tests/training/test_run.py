@@ -1,5 +1,6 @@
 """A run folder and what it belongs to: its configuration, its data, the version that wrote it."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,11 +14,11 @@ from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.stored import complete
 from dsv3_jax.interop.export import export
 from dsv3_jax.interop.load import load_pretrained
+from dsv3_jax.interrupt import StopRequest
 from dsv3_jax.training.checkpoint import _inventory, load_variables
 from dsv3_jax.training.checkpoint_files import HOST, MANIFEST
 from dsv3_jax.training.metrics import Progress
-from dsv3_jax.training.run import open_run
-from dsv3_jax.training.schedules import num_micro_batches, rates_at
+from dsv3_jax.training.run import open_run, steps
 from dsv3_jax.training.step import make_step
 
 
@@ -76,15 +77,10 @@ def test_the_stored_run_of_version_0_1_resumes_and_exports(
 ):
     """With the losses that its own code went on with, and no data sources in sight; exported by relative paths."""
     run_dir, said = shutil.copytree(golden / "run_0_1", tmp_path / "run"), []
-    with open_run(stored, run_dir, say=said.append) as run:
+    with open_run(override(stored, ["train.total_tokens=100_000"]), run_dir, say=said.append) as run:
         assert run.progress == (5, 256)
-        step, losses = make_step(stored), []
-        for _ in range(2):
-            batches = run.next_batches(num_micro_batches(run.progress.tokens, stored.train.batch))
-            tokens = run.progress.tokens + batches.tokens.size
-            state, report = step(run.state, batches, rates_at(tokens, stored.train))
-            run.advance(state, Progress(run.progress.step + 1, tokens))
-            losses.append(float(report.loss))
+        taken = itertools.islice(steps(run, make_step(stored), stop=StopRequest()), 2)
+        losses = [float(one.report.loss) for one in taken]
         assert run.average is not None
         run.average.update(run.state.params)
         run.save()

@@ -14,7 +14,7 @@ from dsv3_jax.config.train import OptimizerConfig
 from dsv3_jax.data.batch import Batch, make_batch, stack
 from dsv3_jax.training.optimizer import decay_mask, make_optimizer
 from dsv3_jax.training.state import TrainState, abstract_state
-from dsv3_jax.training.step import Parts, Rates, batch_loss, label_counts, make_step
+from dsv3_jax.training.step import Rates, Terms, batch_loss, denominators_of, make_step
 from tests.small import make_variables
 
 step_of = functools.cache(make_step)
@@ -55,12 +55,12 @@ def packed(cfg: RunConfig, seed: int, num: int = 4) -> np.ndarray:
     return segments
 
 
-def simple_loss(params, router_state, batch, counts, share, mtp_weight, *, cfg):
+def simple_loss(params, router_state, batch, denominators, mtp_weight, *, cfg, functions=None):
     """A loss without a model: what does not depend on one compiles in no time."""
     num_layers = cfg.model.num_moe_layers + cfg.model.mtp_depth
     load = jnp.arange(num_layers * cfg.model.moe.num_experts).reshape(num_layers, -1)
-    squares = share * sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params))
-    return squares, Parts(squares, jnp.zeros(cfg.model.mtp_depth), jnp.zeros(num_layers), load)
+    squares = sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params)) / denominators.micro_batches
+    return squares, Terms(squares, jnp.zeros(cfg.model.mtp_depth), jnp.zeros(num_layers), load, load[:, 0])
 
 
 def fresh_state(cfg: RunConfig) -> TrainState:
@@ -77,9 +77,9 @@ def test_loss_equals_the_formula_over_full_logits(small):
     tokens, segments = rows(small, 2), packed(small, 2)
     batch = jax.tree.map(jnp.asarray, batch_of(small, tokens, segments))
     variables = make_variables(small.model)
-    counts = label_counts(stack([batch]))
-    loss, parts = jax.jit(functools.partial(batch_loss, cfg=small))(
-        *(variables["params"], variables["router_state"], batch, counts), jnp.float32(1), jnp.float32(0.3)
+    denominators = denominators_of(jax.tree.map(jnp.asarray, stack([batch])))
+    loss, terms = jax.jit(functools.partial(batch_loss, cfg=small))(
+        *(variables["params"], variables["router_state"], batch, denominators), jnp.float32(0.3)
     )
     out = jax.jit(ds.forward, static_argnums=0)(
         small.model, variables, batch.tokens, batch.positions, batch.segment_ids
@@ -94,10 +94,10 @@ def test_loss_equals_the_formula_over_full_logits(small):
                     total -= log_p[b, t, tokens[b, t + 1 + k]]
                     count += 1
         means.append(total / count)
-    assert float(parts.main) == pytest.approx(means[0], rel=1e-5)
-    np.testing.assert_allclose(parts.mtp, means[1:], rtol=1e-5)
+    assert float(terms.main) == pytest.approx(means[0], rel=1e-5)
+    np.testing.assert_allclose(terms.mtp, means[1:], rtol=1e-5)
     assert abs(means[1] - means[2]) > 0.01
-    expected = means[0] + 0.3 / 2 * (means[1] + means[2]) + 1e-4 * float(parts.balance.sum())
+    expected = means[0] + 0.3 / 2 * (means[1] + means[2]) + 1e-4 * float(terms.balance.sum())
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
@@ -105,13 +105,13 @@ def test_accumulation_equals_one_big_batch_when_label_counts_differ(small):
     tokens, segments = rows(small, 3, 6), packed(small, 3, 6)
     one = [batch_of(small, tokens, segments)]
     three = [batch_of(small, tokens[i : i + 2], segments[i : i + 2]) for i in (0, 2, 4)]
-    assert len({float(label_counts(stack([batch]))[0]) for batch in three}) > 1
+    assert len({int((batch.weights[0] != 0).sum()) for batch in three}) > 1
     step = step_of(small)
     big, big_report = step(fresh_state(small), stack(one), RATES)
     summed, report = step(fresh_state(small), stack(three), RATES)
     assert float(report.loss) == pytest.approx(float(big_report.loss), rel=1e-5)
     assert float(report.grad_norm) == pytest.approx(float(big_report.grad_norm), rel=1e-4)
-    np.testing.assert_array_equal(report.parts.load, big_report.parts.load)
+    np.testing.assert_array_equal(report.terms.load, big_report.terms.load)
     # Adam's first step divides a gradient by its own size, so tiny gradients amplify rounding: compare the moments.
     for ours, theirs in zip(jax.tree.leaves(summed.opt_state), jax.tree.leaves(big.opt_state), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
@@ -123,7 +123,7 @@ def test_biases_of_all_routers_move_against_the_load_of_the_whole_batch(small):
     whole = np.ones((2, small.train.seq_len + 1), np.int32)
     batches = [batch_of(small, rows(small, seed, 2), whole) for seed in (4, 5)]
     state, report = step_of(small)(fresh_state(small), stack(batches), RATES)
-    load = np.asarray(report.parts.load, np.float32)
+    load = np.asarray(report.terms.load, np.float32)
     expected = 0.01 * np.sign(load.mean(axis=1, keepdims=True) - load)
     main = state.router_state["moe_layers"]["moe"]["router"]["bias"]
     mtp = state.router_state["mtp"]["block"]["moe"]["router"]["bias"]
@@ -190,15 +190,15 @@ def test_every_precision_learns(small, precision: str):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def nan_loss(params, *arguments, cfg):
-    loss, parts = simple_loss(params, *arguments, cfg=cfg)
-    return loss * jnp.float32(float("nan")), parts
+def nan_loss(params, *arguments, **how):
+    loss, terms = simple_loss(params, *arguments, **how)
+    return loss * jnp.float32(float("nan")), terms
 
 
-def nan_gradient(params, *arguments, cfg):
+def nan_gradient(params, *arguments, **how):
     """A finite loss: the derivative of a root at 0 is infinite, and 0 times that is NaN."""
-    loss, parts = simple_loss(params, *arguments, cfg=cfg)
-    return loss + jnp.sqrt(jnp.float32(0) * params["final_norm"]["scale"].sum()), parts
+    loss, terms = simple_loss(params, *arguments, **how)
+    return loss + jnp.sqrt(jnp.float32(0) * params["final_norm"]["scale"].sum()), terms
 
 
 @pytest.mark.parametrize("num_micro", [1, 2])
@@ -218,7 +218,7 @@ def test_a_model_without_experts_or_mtp_trains(small):
     state, report = make_step(cfg)(fresh_state(cfg), stack([batch_of(cfg, rows(cfg, 9))]), RATES)
     assert state.router_state == {}
     assert bool(report.is_finite)
-    assert report.parts.load.shape[0] == 0
+    assert report.terms.load.shape[0] == 0
 
 
 def test_a_model_without_bias_and_with_two_mtp_modules_trains(small):
@@ -227,5 +227,5 @@ def test_a_model_without_bias_and_with_two_mtp_modules_trains(small):
     cfg = dataclasses.replace(small, model=model)
     _, report = make_step(cfg)(fresh_state(cfg), stack([batch_of(cfg, rows(cfg, 9))]), RATES)
     assert bool(report.is_finite)
-    assert report.parts.mtp.shape == (2,)
-    assert report.parts.load.shape[0] == 3
+    assert report.terms.mtp.shape == (2,)
+    assert report.terms.load.shape[0] == 3

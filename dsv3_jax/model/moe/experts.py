@@ -1,79 +1,68 @@
-"""The routed experts: SwiGLU over rows sorted by expert (report section 2.1.2).
+"""Routed experts in three steps: dispatch to rows, feed-forward on rows, combine (eq. 12)."""
 
-One function with a gradient of its own, in two implementations of one op: `loops` where the program is lowered for a
-CPU, `grouped` for a GPU.
-"""
-
-import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.model.moe import grouped, loops
-from dsv3_jax.model.moe.dispatch import BlockPlan, no_gradient
-from dsv3_jax.typing import Array, Float
-from dsv3_kernels import dispatch
-from dsv3_kernels.varying import varying_alike
+from dsv3_jax.precision import fp8_experts
+from dsv3_jax.precision.gradient_tiles import Tile
+from dsv3_jax.typing import Array, Float, Int
+from dsv3_kernels import BlockPlan, gather_rows, plan_blocks, plan_few, row_weights
+from dsv3_kernels import expert_ffn as rows_ffn
 
 
-def _refuses(x: Array, *others: Any, **static: Any) -> str | None:
-    """The grouped products of a Hopper GPU are of bfloat16; others are XLA's."""
-    return None if x.dtype == jnp.bfloat16 else f"takes bfloat16, not {x.dtype}: compute in that"
+class Dispatched(NamedTuple):
+    """Tokens as rows sorted by expert, in blocks that belong to one expert each."""
+
+    rows: Float[Array, "M D"]
+    weights: Float[Array, "M"]
+    """Float32, what each row's result is multiplied by; 0 where a row is padding."""
+    block_expert: Int[Array, "M_blocks"]
+    """Which of the weights given to the feed-forward multiply a block; -1 where it is unused."""
+    plan: BlockPlan
+    """The way back."""
+    dropped: Int[Array, ""]
+    """Choices that got no row for want of room; 0 on one device."""
 
 
-def _op(name: str, function: str, axes: str, **static: Any) -> dispatch.Op:
-    of_gpu, of_cpu = getattr(grouped, function), getattr(loops, function)
-    return dispatch.Op(
-        name,
-        reference=functools.partial(of_gpu, **static, implementation="reference"),
-        xla=functools.partial(of_cpu, **static),
-        kernel=functools.partial(of_gpu, **static),
-        xla_gpu=functools.partial(of_gpu, **static),
-        refuses=_refuses,
-        axes=axes,
-        no_gradient="{op} is part of dsv3_jax.model.moe.experts.routed_ffn, whose gradient has none itself.",
-    )
+def dispatch(
+    x: Float[Array, "B T D"],
+    ids: Int[Array, "B T K"],
+    weights: Float[Array, "B T K"],
+    *,
+    num_experts: int,
+    gather: Callable[..., Array] = gather_rows,
+    block_size: int | None = None,
+) -> Dispatched:
+    """Sorts the chosen (token, expert) pairs by expert, without dropping any; an id outside 0..E-1 is no choice.
 
-
-ARGUMENTS = "nd edf efd nk nk m m m e"
-"""Axes of tokens, weights, and the arrays of a plan."""
-FORWARD = _op("routed_experts", "forward", f"{ARGUMENTS} -> nd", keeps_hidden=False)
-FORWARD_KEEPING = _op("routed_experts_keeping", "forward", f"{ARGUMENTS} -> nd mf", keeps_hidden=True)
-BACKWARD = _op("routed_experts_backward", "backward", f"{ARGUMENTS} mf nd -> nd edf efd nk")
-
-
-def routed_ffn(
-    x: Float[Array, "N D"],
-    params: Mapping[str, Array],
-    weights: Float[Array, "N K"],
-    plan: BlockPlan,
-) -> Float[Array, "N D"]:
-    """Σ_k weight · down · (silu(gate · x) ⊙ (up · x)) of the pairs that `plan` laid out: the routed part of eq. 12.
-
-    `params`: gate_up [E, D, 2, F], down [E, F, D], cast to the dtype of x, the compute dtype. Of the M rows the
-    backward pass keeps gate and up only: tokens are gathered again, products made again, and the gradient of a weight
-    is read off where it multiplies the hidden product, so the experts' outputs are not needed.
+    `gather(x [N, D], plan)` makes the rows. `block_size`: rows of a block that the feed-forward asks for; None: what
+    the number of tokens makes cheap.
     """
-    gate_up = params["gate_up"].astype(x.dtype)
-    gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
-    return _routed(*varying_alike(x, gate_up, params["down"].astype(x.dtype), weights, plan))
+    ids_NK, weights_NK = ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, ids.shape[-1])
+    planner = partial(plan_blocks, block_size=block_size) if block_size else plan_few
+    plan = planner(ids_NK, num_experts)
+    plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "experts_plan"), plan)
+    rows = gather(x.reshape(-1, x.shape[-1]), plan)
+    return Dispatched(rows, row_weights(weights_NK, plan), plan.block_expert, plan, jnp.int32(0))
 
 
-@jax.custom_vjp
-def _routed(x, gate_up, down, weights, plan):
-    return dispatch.run(FORWARD, None, x, gate_up, down, weights, plan)[0]
+def expert_ffn(
+    gate_up: Float[Array, "E D 2 F"], down: Float[Array, "E F D"], dispatched: Dispatched
+) -> Float[Array, "M D"]:
+    """weight · W_down·(silu(W_gate·row) ⊙ (W_up·row)) of each row, by the expert of its block."""
+    rows, weights, block_expert, plan, _ = dispatched
+    w_in, w_out = gate_up.astype(rows.dtype), down.astype(rows.dtype)
+    return rows_ffn(rows, w_in, w_out, weights, block_expert, max_rows=plan.slot_of.shape[0])
 
 
-def _routed_forward(x, gate_up, down, weights, plan):
-    out, hidden = dispatch.run(FORWARD_KEEPING, None, x, gate_up, down, weights, plan)
-    return out, (x, gate_up, down, weights, plan, checkpoint_name(hidden, "kept"))
-
-
-def _routed_backward(residuals, d_out):
-    return *dispatch.run(BACKWARD, None, *residuals, d_out), no_gradient(residuals[4])
-
-
-_routed.defvjp(_routed_forward, _routed_backward)
+def fp8_expert_ffn(
+    gate_up: Float[Array, "E D 2 F"], down: Float[Array, "E F D"], dispatched: Dispatched, *, gradient_tile: Tile
+) -> Float[Array, "M D"]:
+    """`expert_ffn` with all six matmuls in FP8."""
+    rows, *others = dispatched[:3]
+    return fp8_experts.expert_ffn(rows, gate_up, down, *others, gradient_tile=gradient_tile)

@@ -1,22 +1,15 @@
 """DeepSeekMoE: shared experts plus the routed ones a token chose."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
 
 from dsv3_jax.config.model import MoEConfig
-from dsv3_jax.model.mlp import mlp
-from dsv3_jax.model.moe.dispatch import BlockPlan, block_size_for, plan_blocks
-from dsv3_jax.model.moe.experts import routed_ffn
-from dsv3_jax.model.moe.router import expert_load, route, router_logits, routing, sequence_balance_loss
-from dsv3_jax.precision.fp8_experts import BLOCK_ROWS
-from dsv3_jax.precision.policy import Policy
+from dsv3_jax.model.functions import Functions
+from dsv3_jax.model.moe.router import expert_load, router_logits, routing, sequence_balance_loss
+from dsv3_jax.model.parts import ffn
 from dsv3_jax.typing import Array, Bool, Float, Int, Params
-
-Route = Callable[..., tuple[Float[Array, "N K"], Int[Array, "N K"]]]
-RoutedExperts = Callable[..., Float[Array, "N D"]]
 
 
 class Routing(NamedTuple):
@@ -26,27 +19,10 @@ class Routing(NamedTuple):
     weights: Float[Array, "*L N K"]
     load: Int[Array, "*L E"]
     """Tokens an expert received; padding does not count."""
-
-
-def local_experts(
-    params: Params,
-    x: Float[Array, "N D"],
-    ids: Int[Array, "N K"],
-    weights: Float[Array, "N K"],
-    *,
-    policy: Policy,
-) -> Float[Array, "N D"]:
-    """Σ_k weight·FFN_expert(x), dropless, on one device: sort by expert, multiply block by block, sum back."""
-    num_experts = params["down"].shape[0]
-    if policy.routed_experts is not None:
-        plan = _kept(plan_blocks(ids, num_experts, block_size=BLOCK_ROWS))
-        return policy.routed_experts(x, params, weights, plan, dtype=policy.compute_dtype)
-    plan = _kept(plan_blocks(ids, num_experts, block_size=block_size_for(ids.size, num_experts)))
-    return routed_ffn(x.astype(policy.compute_dtype), params, weights, plan)
-
-
-def _kept(plan: BlockPlan) -> BlockPlan:
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, "kept"), plan)
+    balance_loss: Float[Array, "*L"]
+    """Eq. 17, without the factor α."""
+    dropped: Int[Array, "*L"]
+    """Choices that no expert computed for want of room; 0 on one device."""
 
 
 def moe(
@@ -56,22 +32,31 @@ def moe(
     valid: Bool[Array, "B T"] | None,
     *,
     cfg: MoEConfig,
-    policy: Policy,
-    route: Route = route,
-    experts: RoutedExperts = local_experts,
-) -> tuple[Float[Array, "B T D"], Routing, Float[Array, ""]]:
-    """Σ shared(x) + Σ g·routed(x) (eq. 12, without the residual), what was routed, and the balance loss (eq. 17).
+    functions: Functions,
+    first_expert: int | Int[Array, ""] = 0,
+) -> tuple[Float[Array, "B T D"], Routing]:
+    """Σ shared(x) + Σ g·routed(x) (eq. 12, without the residual), and what was routed.
 
-    `valid` marks tokens that are not padding: only they count in loads and losses. The balance loss lacks its α.
+    `valid` marks tokens that are not padding: only they are routed, and count in loads and losses. The experts' own
+    weights may be those of several layers, one after another; this layer's then begin at `first_expert`.
     """
-    B, T, D = x.shape
-    logits_BTE = router_logits(params["router"], x)
-    E = logits_BTE.shape[-1]
-    weights_NK, ids_NK = route(logits_BTE.reshape(-1, E), bias, **routing(cfg))
-    valid_N = None if valid is None else valid.reshape(-1)
-    routed = Routing(ids_NK, weights_NK, expert_load(ids_NK, valid_N, num_experts=E))
-    balance = sequence_balance_loss(logits_BTE, valid, top_k=cfg.top_k, score=cfg.score)
-    out = experts(params["experts"], x.reshape(-1, D), ids_NK, weights_NK, policy=policy).reshape(B, T, D)
+    shape, E = (*x.shape[:2], cfg.top_k), cfg.num_experts
+    with jax.named_scope("router"):
+        logits_BTE = router_logits(params["router"], x)
+        weights_NK, ids_NK = functions.route(logits_BTE.reshape(-1, E), bias, **routing(cfg))
+        load = expert_load(ids_NK, None if valid is None else valid.reshape(-1), num_experts=E)
+        balance = sequence_balance_loss(logits_BTE, valid, top_k=cfg.top_k, score=cfg.score)
+        ids_BTK = ids_NK.reshape(shape)
+        chosen_BTK = ids_BTK if valid is None else jnp.where(valid[:, :, None], ids_BTK, -1)
+    with jax.named_scope("dispatch"):
+        sent = functions.dispatch(x, chosen_BTK, weights_NK.reshape(shape), num_experts=E)
+        in_stack = jnp.where(sent.block_expert < 0, -1, sent.block_expert + first_expert)
+        sent = sent._replace(block_expert=in_stack)
+    with jax.named_scope("experts"):
+        rows = functions.expert_ffn(params["experts"]["gate_up"], params["experts"]["down"], sent)
+    with jax.named_scope("combine"):
+        out = functions.combine(rows, sent.plan).reshape(x.shape)
     if cfg.num_shared_experts:
-        out = out + mlp(params["shared"], x, policy=policy)
-    return out, routed, balance
+        with jax.named_scope("shared_experts"):
+            out = out + ffn(params["shared"], x, functions=functions)
+    return out, Routing(ids_NK, weights_NK, load, balance, sent.dropped)

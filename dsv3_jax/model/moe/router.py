@@ -1,5 +1,6 @@
 """Choice of experts: sigmoid affinities, node-limited groups, balance by bias without auxiliary loss."""
 
+import itertools
 from typing import Literal
 
 import jax
@@ -15,7 +16,7 @@ ScoreName = Literal["sigmoid", "softmax"]
 def router_logits(params: Params, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
     """uᵀe for every expert, always in float32: a choice must not depend on the compute dtype."""
     logits = jnp.einsum("...d,de->...e", x.astype(jnp.float32), params["w"].astype(jnp.float32))
-    return checkpoint_name(logits, "kept")
+    return checkpoint_name(logits, "router_logits")
 
 
 def affinity(logits: Float[Array, "... E"], *, score: ScoreName) -> Float[Array, "... E"]:
@@ -51,8 +52,8 @@ def route(
         best_in_group = 1 if bias is None else 2
         group_NG = jax.lax.top_k(biased_NGe, best_in_group)[0].sum(axis=-1)
         best_Ng = jax.lax.top_k(group_NG, groups_per_token)[1]
-        keep_NG = jax.nn.one_hot(best_Ng, num_groups, dtype=bool).any(axis=1)
-        biased_NE = jnp.where(keep_NG[:, :, None], biased_NGe, -jnp.inf).reshape(N, E)
+        open_NG = jax.nn.one_hot(best_Ng, num_groups, dtype=bool).any(axis=1)
+        biased_NE = jnp.where(open_NG[:, :, None], biased_NGe, -jnp.inf).reshape(N, E)
     ids_NK = jax.lax.top_k(biased_NE, top_k)[1]
     weights_NK = jnp.take_along_axis(affinity_NE, ids_NK, axis=-1)
     if normalize_weights:
@@ -64,16 +65,6 @@ def expert_load(ids: Int[Array, "N K"], valid: Bool[Array, "N"] | None, *, num_e
     """How many valid tokens chose each expert."""
     counted = jnp.ones(ids.shape, jnp.int32) if valid is None else jnp.broadcast_to(valid[:, None], ids.shape)
     return jnp.zeros(num_experts, jnp.int32).at[ids].add(counted.astype(jnp.int32))
-
-
-def update_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"] | Int[Array, "*L E"], speed) -> Array:
-    """Lowers the bias of overloaded experts by `speed` (γ) and raises that of underloaded ones (section 2.1.2).
-
-    `load` counts the whole batch of one step, over all devices; an expert at the mean keeps its bias.
-    """
-    load = load.astype(jnp.float32)
-    error = load.mean(axis=-1, keepdims=True) - load
-    return bias + jnp.asarray(speed, bias.dtype) * jnp.sign(error)
 
 
 def sequence_balance_loss(
@@ -102,3 +93,24 @@ def routing(cfg: MoEConfig) -> dict:
     """The keyword arguments of `route` that a configuration fixes."""
     names = ("num_groups", "groups_per_token", "top_k", "score", "normalize_weights", "scale")
     return {name: getattr(cfg, name) for name in names}
+
+
+def stack_bias(router_state: Params, stack: str) -> Float[Array, "*L E"] | None:
+    """The router biases of "moe_layers" or of "mtp"; None without that stack, or where routing has no bias."""
+    if stack not in router_state:
+        return None
+    layers = router_state["mtp"]["block"] if stack == "mtp" else router_state[stack]
+    return layers["moe"]["router"]["bias"]
+
+
+def router_biases(router_state: Params) -> Float[Array, "l E"]:
+    """The biases of all routers: main MoE layers in order, then MTP modules. No rows where routing has no bias."""
+    stacks = jax.tree.leaves(router_state)
+    return jnp.concatenate(stacks) if stacks else jnp.zeros((0, 1), jnp.float32)
+
+
+def with_router_biases(router_state: Params, biases: Float[Array, "l E"]) -> dict:
+    """A tree like `router_state` that holds `biases`, in the order of `router_biases`."""
+    stacks, treedef = jax.tree.flatten(router_state)
+    ends = list(itertools.accumulate(len(stack) for stack in stacks))
+    return treedef.unflatten(jnp.split(biases, ends[:-1])[: len(stacks)])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.parts import rms_norm
 from dsv3_jax.model.rope import RopeTable, apply_rope
 from dsv3_kernels import cache_read, cache_write
 from dsv3_kernels.latent_cache.cases import UGLY, Case, make

@@ -1,4 +1,4 @@
-"""What each precision policy promises of dtypes and of distance from float32."""
+"""What each precision promises of dtypes and of distance from float32."""
 
 from functools import partial
 
@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.check import ConfigError
+from dsv3_jax.model.functions import functions_for, functions_of
 from dsv3_jax.model.transformer import forward
-from dsv3_jax.precision.policy import BFLOAT16, FLOAT32, MIXED, get_policy, policy_of
+
+FLOAT32 = functions_for("float32")
+BFLOAT16 = functions_for("bfloat16")
+MIXED = functions_for("mixed")
 
 
 @pytest.fixture(scope="module")
@@ -23,30 +27,30 @@ def narrowed(variables, dtype=jnp.bfloat16):
     return {**variables, "params": jax.tree.map(lambda leaf: leaf.astype(dtype), variables["params"])}
 
 
-def test_policies_by_name() -> None:
-    assert [get_policy(name) for name in ("float32", "bfloat16", "mixed")] == [FLOAT32, BFLOAT16, MIXED]
-    assert policy_of(jnp.bfloat16) == BFLOAT16
-    assert policy_of(jnp.float32) == FLOAT32
+def test_functions_by_name() -> None:
+    assert [functions_for(name) for name in ("float32", "bfloat16", "mixed")] == [FLOAT32, BFLOAT16, MIXED]
+    assert functions_of(jnp.bfloat16) == BFLOAT16
+    assert functions_of(jnp.float32) == FLOAT32
     with pytest.raises(ConfigError, match="precision='fp8' is unknown; use one of float32, bfloat16, mixed"):
-        get_policy("fp8")
+        functions_for("fp8")
 
 
-def test_the_parameters_decide_where_no_policy_is_given(case, run_forward) -> None:
+def test_the_parameters_decide_where_no_functions_are_given(case, run_forward) -> None:
     cfg, variables, tokens = case
     narrow = narrowed(variables)
-    given = run_forward(cfg, narrow, tokens, policy=BFLOAT16)
+    given = run_forward(cfg, narrow, tokens, functions=BFLOAT16)
     np.testing.assert_array_equal(run_forward(cfg, narrow, tokens).logits, given.logits)
 
 
 @pytest.mark.parametrize(
-    "policy",
+    "functions",
     [pytest.param(BFLOAT16, id="bfloat16"), pytest.param(MIXED, id="mixed", marks=pytest.mark.slow)],
 )
-def test_low_precision_stays_near_float32(case, run_forward, policy) -> None:
-    """Logits, routing weights and loads are float32 or integers whatever the policy; errors are of bfloat16's size."""
+def test_low_precision_stays_near_float32(case, run_forward, functions) -> None:
+    """Logits, routing weights and loads are float32 or integers always; errors are of bfloat16's size."""
     cfg, variables, tokens = case
     exact = run_forward(cfg, variables, tokens)
-    out = run_forward(cfg, narrowed(variables, policy.param_dtype), tokens, policy=policy)
+    out = run_forward(cfg, narrowed(variables, functions.param_dtype), tokens, functions=functions)
     assert out.logits.dtype == out.mtp_logits[0].dtype == out.router.weights.dtype == jnp.float32
     assert out.router.load.dtype == out.router.ids.dtype == jnp.int32
     # A flipped choice of expert moves a token's logits by more than rounding: compare where all choices agree.
@@ -59,25 +63,25 @@ def test_low_precision_stays_near_float32(case, run_forward, policy) -> None:
 
 def test_linear_computes_in_the_compute_dtype() -> None:
     x, w = jnp.ones((2, 3), jnp.float32), jnp.full((3, 4), 1 + 2**-9, jnp.float32)
-    assert FLOAT32.linear(x, w).dtype == jnp.float32
-    assert MIXED.linear(x, w).dtype == BFLOAT16.linear(x, w).dtype == jnp.bfloat16
-    np.testing.assert_allclose(FLOAT32.linear(x, w), 3 * (1 + 2**-9), rtol=1e-7)
-    np.testing.assert_array_equal(np.asarray(MIXED.linear(x, w), np.float32), 3.0)
+    assert FLOAT32.project(x, w).dtype == jnp.float32
+    assert MIXED.project(x, w).dtype == BFLOAT16.project(x, w).dtype == jnp.bfloat16
+    np.testing.assert_allclose(FLOAT32.project(x, w), 3 * (1 + 2**-9), rtol=1e-7)
+    np.testing.assert_array_equal(np.asarray(MIXED.project(x, w), np.float32), 3.0)
 
 
 @pytest.mark.parametrize(
-    ("policy", "dtype"),
+    ("functions", "dtype"),
     [
         pytest.param(MIXED, jnp.float32, id="mixed"),
         pytest.param(BFLOAT16, jnp.bfloat16, id="bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_gradients_have_the_dtype_of_the_parameters(case, config, variables_of, policy, dtype) -> None:
+def test_gradients_have_the_dtype_of_the_parameters(case, config, variables_of, functions, dtype) -> None:
     cfg, tokens = config(num_layers=2, mtp_depth=0), case[2]
-    narrow = variables_of(cfg, 0, policy.param_dtype)
+    narrow = variables_of(cfg, 0, functions.param_dtype)
 
     def total(params):
-        return jnp.sin(forward(cfg, {**narrow, "params": params}, tokens, policy=policy).logits).mean()
+        return jnp.sin(forward(cfg, {**narrow, "params": params}, tokens, functions=functions).logits).mean()
 
     grads = jax.jit(jax.grad(total))(narrow["params"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -85,8 +89,8 @@ def test_gradients_have_the_dtype_of_the_parameters(case, config, variables_of, 
         assert np.isfinite(np.asarray(leaf, np.float32)).all()
 
 
-def test_the_bias_is_float32_under_every_policy(case) -> None:
+def test_the_bias_is_float32_under_every_precision(case) -> None:
     cfg, variables, tokens = case
-    shapes = jax.eval_shape(partial(forward, cfg, policy=BFLOAT16), narrowed(variables), tokens)
+    shapes = jax.eval_shape(partial(forward, cfg, functions=BFLOAT16), narrowed(variables), tokens)
     assert shapes.router.weights.dtype == jnp.float32
     assert variables["router_state"]["moe_layers"]["moe"]["router"]["bias"].dtype == jnp.float32

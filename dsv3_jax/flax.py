@@ -1,7 +1,8 @@
 """Flax modules over the model's functions, for `init`, `apply`, `tabulate` or a network of your own.
 
 Parameters are those of `model/tree.py`, boxed with its logical axes: `nn.get_partition_spec` reads them, `nn.unbox`
-gives the plain tree. Router biases are in the collection "router_state", which no gradient reaches.
+gives the plain tree. Router biases are in the collection "router_state", which no gradient reaches. `functions`: what a
+layer is made of; None: those that compute in the parameters' dtype.
 """
 
 from typing import Any
@@ -11,13 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.model.functions import Functions, functions_of
 from dsv3_jax.model.mla import mla
 from dsv3_jax.model.moe.layer import moe
 from dsv3_jax.model.params import draw_leaf
-from dsv3_jax.model.rope import rope_table
-from dsv3_jax.model.transformer import Output, forward
+from dsv3_jax.model.transformer import Output, context, forward
 from dsv3_jax.model.tree import Leaf, Tree, mla_tree, model_tree, moe_tree, router_state_tree
-from dsv3_jax.precision.policy import policy_of
 from dsv3_jax.typing import Array, DType, Float, Int, Params
 
 
@@ -26,6 +26,7 @@ class DeepSeekV3(nn.Module):
 
     cfg: ModelConfig
     param_dtype: DType = jnp.float32
+    functions: Functions | None = None
 
     @nn.compact
     def __call__(
@@ -37,7 +38,7 @@ class DeepSeekV3(nn.Module):
         tree = model_tree(self.cfg)
         params = _params(self, tree["params"])
         variables = {"params": params, "router_state": _router_state(self, tree["router_state"])}
-        return forward(self.cfg, variables, tokens, positions, segment_ids)
+        return forward(self.cfg, variables, tokens, positions, segment_ids, functions=self.functions)
 
 
 class MLA(nn.Module):
@@ -45,6 +46,7 @@ class MLA(nn.Module):
 
     cfg: ModelConfig
     param_dtype: DType = jnp.float32
+    functions: Functions | None = None
 
     @nn.compact
     def __call__(
@@ -54,10 +56,8 @@ class MLA(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         cfg, params = self.cfg, _params(self, mla_tree(self.cfg))
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-        rope = rope_table(positions, rope_dim=cfg.mla.rope_head_dim, theta=cfg.rope_theta, yarn=cfg.yarn)
-        return mla(params, x, rope, segment_ids, cfg=cfg, policy=policy_of(params["out"].dtype))[0]
+        functions = self.functions or functions_of(self.param_dtype)
+        return mla(params, x, context(cfg, x.shape[:2], positions, segment_ids), cfg=cfg, functions=functions)[0]
 
 
 class MoE(nn.Module):
@@ -68,16 +68,17 @@ class MoE(nn.Module):
 
     cfg: ModelConfig
     param_dtype: DType = jnp.float32
+    functions: Functions | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         params = _params(self, moe_tree(self.cfg))
         state = _router_state(self, router_state_tree(self.cfg) if self.cfg.moe.has_bias else {})
         bias = state["router"]["bias"] if state else None
-        policy = policy_of(params["router"]["w"].dtype)
-        added, routing, balance_loss = moe(params, bias, x, None, cfg=self.cfg.moe, policy=policy)
+        functions = self.functions or functions_of(self.param_dtype)
+        added, routing = moe(params, bias, x, None, cfg=self.cfg.moe, functions=functions)
         self.sow("intermediates", "load", routing.load)
-        self.sow("intermediates", "balance_loss", balance_loss)
+        self.sow("intermediates", "balance_loss", routing.balance_loss)
         return added
 
 
