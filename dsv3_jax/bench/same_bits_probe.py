@@ -40,8 +40,8 @@ def main(config: str, precision: str, out: str) -> None:
     """Writes logits, routing, gradients of every parameter, and generated ids."""
     cfg, settings, rng = ds.load_config(config).model, how(precision), np.random.default_rng(1)
     variables = drawn(cfg, next(iter(settings.values())).param_dtype)
-    tokens = rng.integers(0, cfg.vocab_size, (4, 200)).astype(np.int32)
-    mix = jnp.asarray(rng.standard_normal((4, 200, 8)), jnp.float32)
+    tokens = rng.integers(0, cfg.vocab_size, (4, 256)).astype(np.int32)
+    mix = jnp.asarray(rng.standard_normal((4, 256, 8)), jnp.float32)
 
     def total(params: Any) -> Any:
         made = ds.forward(cfg, {**variables, "params": params}, tokens, **settings)
