@@ -97,6 +97,8 @@ def plan_few(ids: Int[Array, "N K"], num_experts: int) -> BlockPlan:
     N, K = ids.shape
     if N > FEW_TOKENS:
         return plan_blocks(ids, num_experts)
+    if N == 1:
+        return _plan_one(ids, num_experts)
     blocks = min(num_experts, N * K)
     experts, token_N = jnp.arange(num_experts, dtype=jnp.int32), jnp.arange(N, dtype=jnp.int32)
     is_used = (ids[:, :, None] == experts[None, None, :]).any(axis=(0, 1))
@@ -113,6 +115,14 @@ def plan_few(ids: Int[Array, "N K"], num_experts: int) -> BlockPlan:
         pair_of=jnp.where(is_row_BN, token_N[None, :] * K + choice_BN, N * K).reshape(-1),
         block_expert=block_expert,
     )
+
+
+def _plan_one(ids: Int[Array, "1 K"], num_experts: int) -> BlockPlan:
+    """A row and a block for each expert of one token, in its own order: nothing to look up."""
+    pair, is_choice = jnp.arange(ids.shape[1], dtype=jnp.int32), _is_choice(ids, num_experts)[0]
+    own = jnp.where(is_choice, pair, ids.shape[1])
+    block_expert = jnp.where(is_choice, ids[0].astype(jnp.int32), -1)
+    return BlockPlan(own[None], jnp.where(is_choice, 0, 1).astype(jnp.int32), own, block_expert)
 
 
 def _is_choice(ids: Int[Array, "N K"], num_experts: int) -> Bool[Array, "N K"]:
