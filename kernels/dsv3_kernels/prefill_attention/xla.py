@@ -25,6 +25,8 @@ SHORT_CHUNK = 128
 SHORT_ROW_FORWARD, SHORT_ROW_BACKWARD = 1024, 512
 """Most queries of a short row, in either pass: what was fastest on a CPU."""
 MOST_SPANS = 8
+MASKED = -1e30
+"""Finite, so that a query without keys gives no NaN before its result is zeroed."""
 
 
 class Queries(NamedTuple):
@@ -128,16 +130,16 @@ def gradients(
 
 def _forward(queries: Queries, keys: Keys, seen, softmax_scale: float):
     """One chunk: out [B, t, H, W] and lse [B, t, H]."""
-    scores_BHtS = jnp.where(seen, _scores(queries, keys, softmax_scale), -jnp.inf)
+    scores_BHtS = jnp.where(seen, _scores(queries, keys, softmax_scale), MASKED)
     peak_BHt = scores_BHtS.max(axis=-1)
-    peak_BHt = jnp.where(jnp.isfinite(peak_BHt), peak_BHt, 0.0)
     weights_BHtS = jnp.exp(scores_BHtS - peak_BHt[..., None])
     total_BHt = weights_BHtS.sum(axis=-1)
-    sees_any = total_BHt > 0
-    probabilities_BHtS = weights_BHtS / jnp.where(sees_any, total_BHt, 1.0)[..., None]
-    out = _einsum("bhts,bshw->bthw", probabilities_BHtS.astype(keys.v.dtype), keys.v)
-    lse = jnp.where(sees_any, peak_BHt + jnp.log(total_BHt), jnp.inf)
-    return out.astype(queries.q.dtype), jnp.moveaxis(lse, 1, 2)
+    probabilities_BHtS = (weights_BHtS / total_BHt[..., None]).astype(keys.v.dtype)
+    out_BtHW = _einsum("bhts,bshw->bthw", probabilities_BHtS, keys.v).astype(queries.q.dtype)
+    # From the mask, not from the scores: XLA then runs the lines above as one pass on a CPU.
+    sees_any = seen.any(axis=-1)
+    lse_BHt = jnp.where(sees_any, peak_BHt + jnp.log(total_BHt), jnp.inf)
+    return jnp.where(jnp.moveaxis(sees_any, 1, 2)[..., None], out_BtHW, 0), jnp.moveaxis(lse_BHt, 1, 2)
 
 
 def _gradients(queries: Queries, keys: Keys, seen, softmax_scale: float):
