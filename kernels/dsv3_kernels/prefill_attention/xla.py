@@ -77,13 +77,14 @@ def softmax_delta(
 def _attend(q, k, v, q_segment_ids, kv_segment_ids, q_starts, *, softmax_scale):
     T, S = q.shape[1], k.shape[1]
     size = _chunk_size(T, q_starts, short_row=SHORT_ROW_FORWARD)
+    all_see = q_segment_ids is None and q_starts is None
     outs, lses = [], []
     for start, end, num_keys in _spans(T, S, q_starts, size):
         keys = _first(Keys(k, v, kv_segment_ids), num_keys)
 
         def chunk(first, queries, keys=keys):
             seen = _seen(queries, keys, q_starts, S - T, first)
-            return first + size, _forward(queries, keys, seen, softmax_scale)
+            return first + size, _forward(queries, keys, seen, softmax_scale, all_see=all_see)
 
         _, (out, lse) = _over_chunks(chunk, jnp.int32(start), _between(Queries(q, q_segment_ids), start, end), size)
         outs.append(out)
@@ -128,18 +129,20 @@ def gradients(
     return jnp.concatenate(d_qs, axis=1), _sum_over_spans(d_ks).astype(k.dtype), _sum_over_spans(d_vs).astype(v.dtype)
 
 
-def _forward(queries: Queries, keys: Keys, seen, softmax_scale: float):
-    """One chunk: out [B, t, H, W] and lse [B, t, H]."""
+def _forward(queries: Queries, keys: Keys, seen, softmax_scale: float, *, all_see: bool):
+    """One chunk: out [B, t, H, W] and lse [B, t, H]; `all_see` where each query is known to see a key."""
     scores_BHtS = jnp.where(seen, _scores(queries, keys, softmax_scale), MASKED)
     peak_BHt = scores_BHtS.max(axis=-1)
     weights_BHtS = jnp.exp(scores_BHtS - peak_BHt[..., None])
     total_BHt = weights_BHtS.sum(axis=-1)
     probabilities_BHtS = (weights_BHtS / total_BHt[..., None]).astype(keys.v.dtype)
     out_BtHW = _einsum("bhts,bshw->bthw", probabilities_BHtS, keys.v).astype(queries.q.dtype)
-    # From the mask, not from the scores: XLA then runs the lines above as one pass on a CPU.
-    sees_any = seen.any(axis=-1)
-    lse_BHt = jnp.where(sees_any, peak_BHt + jnp.log(total_BHt), jnp.inf)
-    return jnp.where(jnp.moveaxis(sees_any, 1, 2)[..., None], out_BtHW, 0), jnp.moveaxis(lse_BHt, 1, 2)
+    lse_BtH = jnp.moveaxis(peak_BHt + jnp.log(total_BHt), 1, 2)
+    if all_see:
+        return out_BtHW, lse_BtH
+    # From the mask, not from the scores: XLA then runs the softmax above as one pass on a CPU.
+    sees_any = jnp.moveaxis(seen.any(axis=-1), 1, 2)
+    return jnp.where(sees_any[..., None], out_BtHW, 0), jnp.where(sees_any, lse_BtH, jnp.inf)
 
 
 def _gradients(queries: Queries, keys: Keys, seen, softmax_scale: float):
