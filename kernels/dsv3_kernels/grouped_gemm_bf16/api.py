@@ -15,7 +15,7 @@ from dsv3_kernels.operands import check_neighbours, check_output_dtype, checked_
 
 NO_GRADIENT = (
     "{op} cannot be differentiated; its gradients are grouped_matmul, transposed, and grouped_matmul_k: use "
-    "dsv3_jax.model.moe.experts.routed_ffn, which has gradients of its own."
+    "dsv3_kernels.expert_ffn, which has gradients of its own."
 )
 
 
