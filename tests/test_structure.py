@@ -162,6 +162,10 @@ def _import_roots(path: Path) -> set[str]:
     return {module.split(".")[0] for module in _imports(path)}
 
 
+def _length(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
 def _is_within(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
@@ -215,8 +219,46 @@ def test_pure_parts_touch_no_files_and_no_clock() -> None:
 
 
 def test_files_are_small() -> None:
-    lengths = {_name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    lengths = {_name(path): _length(path) for path in SOURCES}
     _assert_none(f"{name} has {length} lines; split it by idea" for name, length in lengths.items() if length >= 500)
+
+
+def test_the_model_is_small() -> None:
+    """The parameter tree, the equations and what joins them."""
+    lengths = {path: _length(path) for path in LIBRARY if _name(path).startswith("dsv3_jax/model/")}
+    assert sum(lengths.values()) < 1150, f"dsv3_jax/model has {sum(lengths.values())} lines of Python"
+
+
+def test_the_forward_pass_is_read_in_one_sitting() -> None:
+    """What `forward` imports, directly or not, of the model and of the plain precision."""
+    parts = ("dsv3_jax/model/", "dsv3_jax/precision/plain_linear.py")
+    modules = {_name(path)[:-3].replace("/", "."): path for path in LIBRARY if _name(path).startswith(parts)}
+    found, left = set(), [modules["dsv3_jax.model.transformer"]]
+    while left:
+        path = left.pop()
+        found.add(path)
+        named = {modules.get(name) or modules.get(name.rpartition(".")[0]) for name in _imports(path)}
+        left += [path for path in named - found if path is not None]
+    lines = {_name(path): _length(path) for path in sorted(found)}
+    assert len(lines) <= 12, f"forward needs {len(lines)} files: {', '.join(lines)}"
+    assert sum(lines.values()) < 1100, f"forward needs {sum(lines.values())} lines: {lines}"
+
+
+def test_functions_of_the_core_are_short() -> None:
+    """Docstrings do not count, decorators and signatures do."""
+    core = ("dsv3_jax/model/", "dsv3_jax/serving/", "dsv3_jax/training/step.py", "dsv3_jax/flax.py")
+
+    def offenders() -> Iterator[str]:
+        for path in LIBRARY:
+            for node in ast.walk(_tree(path)) if _name(path).startswith(core) else ():
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                    docstring = len(str(ast.get_docstring(node)).splitlines()) if ast.get_docstring(node) else 0
+                    length = (node.end_lineno or first) - first + 1 - docstring
+                    if length > 40:
+                        yield f"{_name(path)}: {node.name} has {length} lines; name its parts"
+
+    _assert_none(offenders())
 
 
 def test_files_say_what_they_are() -> None:

@@ -17,25 +17,6 @@ from dsv3_jax.precision import plain_linear
 from dsv3_jax.typing import Array, Float, Int, Params
 
 
-def join(
-    params: Params,
-    embedded: Float[Array, "B T D"],
-    hidden: Float[Array, "B T D"],
-    *,
-    cfg: ModelConfig,
-    functions: Functions,
-) -> Float[Array, "B T D"]:
-    """h' = M_k·[RMSNorm(Emb(t_{i+k})); RMSNorm(h_i)] (eq. 21).
-
-    The report writes the hidden state first; the released weights have the embedding first, and so have we.
-    """
-    parts = [
-        rms_norm(embedded, params["embed_norm"]["scale"], eps=cfg.norm_eps),
-        rms_norm(hidden, params["hidden_norm"]["scale"], eps=cfg.norm_eps),
-    ]
-    return plain_linear.linear(jnp.concatenate(parts, axis=-1), params["proj"]["w"], dtype=functions.compute_dtype)
-
-
 def mtp_depth(
     params: Params,
     bias: Float[Array, "E"] | None,
@@ -46,9 +27,16 @@ def mtp_depth(
     cfg: ModelConfig,
     functions: Functions,
 ) -> tuple[Float[Array, "B T D"], Routing]:
-    """One module (eq. 21-22): from the depth before and the tokens k ahead to a normed state, for the shared head."""
-    x = join(params, embedded, hidden, cfg=cfg, functions=functions)
-    x = checkpoint_name(x, "mtp_joined")
+    """One module: M_k·[RMSNorm(Emb(t_{i+k})); RMSNorm(h_i)], a layer, a norm (eq. 21-22), for the shared head.
+
+    The report writes the hidden state first; the released weights have the embedding first, and so have we.
+    """
+    normed = [
+        rms_norm(embedded, params["embed_norm"]["scale"], eps=cfg.norm_eps),
+        rms_norm(hidden, params["hidden_norm"]["scale"], eps=cfg.norm_eps),
+    ]
+    joined = plain_linear.linear(jnp.concatenate(normed, axis=-1), params["proj"]["w"], dtype=functions.compute_dtype)
+    x = checkpoint_name(joined, "mtp_joined")
     x, _, routing = layer(params["block"], bias, x, ctx, cfg=cfg, functions=functions)
     assert routing is not None
     return rms_norm(x, params["norm"]["scale"], eps=cfg.norm_eps), routing

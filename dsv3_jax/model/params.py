@@ -1,4 +1,4 @@
-"""The parameter tree: fresh values, or abstract shapes."""
+"""Values of the parameter tree: fresh ones, or only shapes, dtypes and logical axes."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.model.tree import Leaf, model_tree
+from dsv3_jax.model.tree import Leaf, Tree, model_tree
 from dsv3_jax.typing import Array, DType
 
 
@@ -32,25 +32,26 @@ def init(cfg: ModelConfig, key: jax.Array, dtype: DType = jnp.float32) -> dict:
 
 
 def _init(key: jax.Array, *, cfg: ModelConfig, dtype: jnp.dtype) -> dict:
-    def draw(path: Any, leaf: Leaf) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return draw_leaf(leaf, name, key, std=cfg.init_std, dtype=dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, model_tree(cfg))
+    return draw(model_tree(cfg), key, std=cfg.init_std, dtype=dtype)
 
 
 # XLA's default level compiles this five times as long (27 CPU-seconds for a tiny model), for the same running time.
 _init_jitted = jax.jit(_init, static_argnames=("cfg", "dtype"), compiler_options={"xla_backend_optimization_level": 1})
 
 
-def draw_leaf(leaf: Leaf, path: str, key: jax.Array, *, std: float, dtype: DType) -> Array:
-    """A fresh value. Its numbers depend on `key` and `path` alone, so a new leaf changes none of the others."""
-    if leaf.init == "zeros":
-        return jnp.zeros(leaf.shape, jnp.float32)
-    if leaf.init == "ones":
-        return jnp.ones(leaf.shape, dtype)
-    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    return (std * jax.random.normal(key, leaf.shape, jnp.float32)).astype(dtype)
+def draw(tree: Tree | Leaf, key: jax.Array, *, std: float, dtype: DType) -> Any:
+    """Fresh values of `tree`. Each depends on `key` and its path alone: a new leaf changes none of the others."""
+
+    def value(path: Any, leaf: Leaf) -> Array:
+        if leaf.init == "zeros":
+            return jnp.zeros(leaf.shape, jnp.float32)
+        if leaf.init == "ones":
+            return jnp.ones(leaf.shape, dtype)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        of_leaf = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return (std * jax.random.normal(of_leaf, leaf.shape, jnp.float32)).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(value, tree)
 
 
 def abstract_params(cfg: ModelConfig, dtype: DType = jnp.float32) -> dict:

@@ -1,6 +1,7 @@
 """The parameter tree as a table: shape, logical axes and first value of every leaf."""
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,21 +24,16 @@ class Leaf:
 
 def model_tree(cfg: ModelConfig) -> Tree:
     """The whole model. A stack has a leading axis of layers, and is absent where there are none."""
-    V, D, F = cfg.vocab_size, cfg.model_dim, cfg.ffn_dim
-    bias = {"moe": router_state_tree(cfg)} if cfg.moe.has_bias else {}
+    V, D, bias = cfg.vocab_size, cfg.model_dim, router_state_tree(cfg)
+    dense_layer, moe_layer = layer_tree(cfg, mlp=ffn_tree(D, cfg.ffn_dim)), layer_tree(cfg, moe=moe_tree(cfg))
     params = {
         "embed": {"w": Leaf((V, D), ("vocab", "embed"))},
         "final_norm": {"scale": norm(D)},
         "unembed": {"w": Leaf((D, V), ("embed", "vocab"))},
-        "dense_layers": _stacked(cfg.num_dense_layers, layer_tree(cfg, mlp=ffn_tree(D, F))),
-        "moe_layers": _stacked(cfg.num_moe_layers, layer_tree(cfg, moe=moe_tree(cfg))),
-        "mtp": _stacked(cfg.mtp_depth, mtp_tree(cfg)),
+        **_stacks(cfg, dense_layers=dense_layer, moe_layers=moe_layer, mtp=mtp_tree(cfg)),
     }
-    router_state = {
-        "moe_layers": _stacked(cfg.num_moe_layers, bias),
-        "mtp": _stacked(cfg.mtp_depth, {"block": bias} if bias else {}),
-    }
-    return {"params": _present(params), "router_state": _present(router_state)}
+    router_state = _stacks(cfg, moe_layers={"moe": bias}, mtp={"block": {"moe": bias}}) if bias else {}
+    return {"params": params, "router_state": router_state}
 
 
 def layer_tree(cfg: ModelConfig, **feed_forward: Tree) -> Tree:
@@ -51,40 +47,36 @@ def mla_tree(cfg: ModelConfig) -> Tree:
     D, mla = cfg.model_dim, cfg.mla
     H, Q, C = mla.num_heads, mla.q_latent_dim, mla.kv_latent_dim
     I, R, W = mla.nope_head_dim, mla.rope_head_dim, mla.v_head_dim
-    tree = {
+    queries = {"q": Leaf((D, H, I + R), ("embed", "heads", None))}
+    if Q is not None:
+        queries = {
+            "q_down": Leaf((D, Q), ("embed", "q_latent")),
+            "q_norm": norm(Q, "q_latent"),
+            "q_up": Leaf((Q, H, I + R), ("q_latent", "heads", None)),
+        }
+    return {
+        **queries,
         "kv_down": Leaf((D, C + R), ("embed", None)),
         "kv_norm": norm(C, "kv_latent"),
         "kv_up": Leaf((C, H, I + W), ("kv_latent", "heads", None)),
         "out": Leaf((H, W, D), ("heads", None, "embed")),
     }
-    if Q is None:
-        return {"q": Leaf((D, H, I + R), ("embed", "heads", None)), **tree}
-    return {
-        "q_down": Leaf((D, Q), ("embed", "q_latent")),
-        "q_norm": norm(Q, "q_latent"),
-        "q_up": Leaf((Q, H, I + R), ("q_latent", "heads", None)),
-        **tree,
-    }
 
 
 def moe_tree(cfg: ModelConfig) -> Tree:
     """The router's centroids, the routed experts on a leading axis, and the shared experts as one wide feed-forward."""
-    D, E, F = cfg.model_dim, cfg.moe.num_experts, cfg.moe.expert_dim
-    tree = {
+    D, E, F, S = cfg.model_dim, cfg.moe.num_experts, cfg.moe.expert_dim, cfg.moe.num_shared_experts
+    gate_up = Leaf((E, D, 2, F), ("expert", "embed", None, "ffn"))
+    return {
         "router": {"w": Leaf((D, E), ("embed", None))},
-        "experts": {
-            "gate_up": Leaf((E, D, 2, F), ("expert", "embed", None, "ffn")),
-            "down": Leaf((E, F, D), ("expert", "ffn", "embed")),
-        },
+        "experts": {"gate_up": gate_up, "down": Leaf((E, F, D), ("expert", "ffn", "embed"))},
+        **({"shared": ffn_tree(D, S * F)} if S else {}),
     }
-    if cfg.moe.num_shared_experts:
-        tree["shared"] = ffn_tree(D, F * cfg.moe.num_shared_experts)
-    return tree
 
 
 def router_state_tree(cfg: ModelConfig) -> Tree:
-    """What steers the router of one layer without a gradient: a bias for each expert."""
-    return {"router": {"bias": Leaf((cfg.moe.num_experts,), (None,), "zeros")}}
+    """What steers the router of one layer without a gradient: a bias for each expert, where `cfg` has one."""
+    return {"router": {"bias": Leaf((cfg.moe.num_experts,), (None,), "zeros")}} if cfg.moe.has_bias else {}
 
 
 def mtp_tree(cfg: ModelConfig) -> Tree:
@@ -109,11 +101,10 @@ def norm(dim: int, axis: str = "embed") -> Leaf:
     return Leaf((dim,), (axis,), "ones")
 
 
-def _stacked(count: int, tree: Tree) -> Tree:
-    if not count:
-        return {}
-    return jax.tree.map(lambda leaf: Leaf((count, *leaf.shape), ("layers", *leaf.axes), leaf.init), tree)
+def _stacks(cfg: ModelConfig, **trees: Tree) -> Tree:
+    counts = {"dense_layers": cfg.num_dense_layers, "moe_layers": cfg.num_moe_layers, "mtp": cfg.mtp_depth}
 
+    def stacked(count: int, leaf: Leaf) -> Leaf:
+        return Leaf((count, *leaf.shape), ("layers", *leaf.axes), leaf.init)
 
-def _present(stacks: Tree) -> Tree:
-    return {name: tree for name, tree in stacks.items() if tree}
+    return {name: jax.tree.map(partial(stacked, counts[name]), tree) for name, tree in trees.items() if counts[name]}

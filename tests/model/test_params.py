@@ -13,7 +13,7 @@ from dsv3_jax.model.moe.router import router_biases, stack_bias, with_router_bia
 from dsv3_jax.model.params import (
     ParamSpec,
     abstract_params,
-    draw_leaf,
+    draw,
     init,
 )
 from dsv3_jax.model.tree import model_tree
@@ -147,12 +147,12 @@ def test_deeper_models_keep_the_names_of_shallow_ones(config) -> None:
 
 def test_a_leaf_is_drawn_by_its_path(config) -> None:
     """A tree with more leaves than before draws the others as before."""
-    cfg = config(**DRAWN)
+    cfg, key = config(**DRAWN), jax.random.key(3)
     names = [name.encode() for name in specs(ModelConfig()).keys() | specs(config(mla={"q_latent_dim": None}))]
     assert len({zlib.crc32(name) for name in names}) == len(names)
-    leaf, key = model_tree(cfg)["params"]["unembed"]["w"], jax.random.key(3)
-    alone = draw_leaf(leaf, "params/unembed/w", key, std=cfg.init_std, dtype=jnp.float32)
-    np.testing.assert_allclose(init(cfg, key)["params"]["unembed"]["w"], alone, rtol=1e-5)
+    alone = draw({"params": {"unembed": model_tree(cfg)["params"]["unembed"]}}, key, std=cfg.init_std, dtype="float32")
+    ours = init(cfg, key)["params"]["unembed"]["w"]
+    np.testing.assert_allclose(ours, alone["params"]["unembed"]["w"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["all", "no_bias", "no_mtp", "only_mtp"])

@@ -1,7 +1,6 @@
 """The whole forward pass: documents, padding, causality, rematerialisation, replaceable equations."""
 
 import dataclasses
-import re
 from functools import partial
 
 import jax
@@ -177,11 +176,3 @@ def test_left_padding_and_right_padding_agree(config, variables_of, run_forward)
     )
     np.testing.assert_allclose(left.logits[:, 4:], right.logits[:, :9], atol=1e-4)
     np.testing.assert_array_equal(left.router.load, right.router.load)
-
-
-def test_the_example_of_the_readme_runs(repository, monkeypatch, capsys) -> None:
-    text = (repository / "dsv3_jax" / "model" / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    monkeypatch.chdir(repository)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    assert len(set(capsys.readouterr().out.strip(" []\n").split())) == 1
