@@ -125,9 +125,10 @@ def rematerialised(step: Callable, remat: Remat) -> Callable:
     check(remat in known, f"remat={remat!r} is unknown; use one of {', '.join(known)}.")
     if remat == "none":
         return step
-    policies, to_host = jax.checkpoint_policies, {"offload_src": "device", "offload_dst": "pinned_host"}
+    policy = jax.checkpoint_policies.save_only_these_names(*(PAPER if remat == "paper" else ()))
     if remat == "offload":
-        policy = policies.save_and_offload_only_these_names([], PAPER, **to_host)
-    else:
-        policy = policies.save_only_these_names(*(PAPER if remat == "paper" else ()))
+        offloaded: Any = {"names_which_can_be_saved": [], "names_which_can_be_offloaded": list(PAPER)}
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            **offloaded, offload_src="device", offload_dst="pinned_host"
+        )
     return jax.checkpoint(step, prevent_cse=False, policy=policy)

@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_jax.model.attention import attend_reference
 from dsv3_jax.model.functions import functions_for
+from dsv3_jax.model.layers import PAPER
 from dsv3_jax.model.moe.router import route
 from dsv3_jax.model.transformer import hidden_states
 
@@ -164,6 +165,29 @@ def test_recomputing_saves_memory(backward) -> None:
     """ "full" keeps less than "paper", which keeps well under what "none" keeps."""
     size = {name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in backward.items()}
     assert size["full"] < size["paper"] < 0.75 * size["none"], size
+
+
+def test_every_saved_name_names_a_tensor_and_every_named_tensor_is_saved(config, variables_of) -> None:
+    cfg = config()
+    variables, tokens = variables_of(cfg), tokens_of(cfg, (1, 70))  # more tokens than decoding steps have
+
+    def total(params):
+        states = hidden_states(cfg, {**variables, "params": params}, tokens)
+        return states.hidden.sum() + states.mtp_hidden.sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(total))(variables["params"])
+    assert set(re.findall(r"name\[name=(\w+)\]", str(jaxpr))) == set(PAPER)
+
+
+def test_offloading_moves_saved_tensors_to_the_host(config, variables_of) -> None:
+    cfg = config(mtp_depth=0)
+    variables, tokens = variables_of(cfg), tokens_of(cfg, (1, 8))
+
+    def total(params):
+        return hidden_states(cfg, {**variables, "params": params}, tokens, remat="offload").hidden.sum()
+
+    traced = jax.jit(jax.grad(total)).trace(variables["params"])
+    assert "pinned_host" in traced.lower(lowering_platforms=("cuda",)).as_text()  # a CPU has one memory
 
 
 def test_left_padding_and_right_padding_agree(config, variables_of, run_forward) -> None:
