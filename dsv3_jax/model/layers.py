@@ -125,10 +125,9 @@ def rematerialised(step: Callable, remat: Remat) -> Callable:
     check(remat in known, f"remat={remat!r} is unknown; use one of {', '.join(known)}.")
     if remat == "none":
         return step
-    policy = jax.checkpoint_policies.save_only_these_names(*(PAPER if remat == "paper" else ()))
+    policies, names = jax.checkpoint_policies, () if remat == "full" else PAPER
+    policy = policies.save_only_these_names(*names)
     if remat == "offload":
-        offloaded: Any = {"names_which_can_be_saved": [], "names_which_can_be_offloaded": list(PAPER)}
-        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            **offloaded, offload_src="device", offload_dst="pinned_host"
-        )
+        where: Any = {"names_which_can_be_saved": (), "offload_src": "device", "offload_dst": "pinned_host"}
+        policy = policies.save_and_offload_only_these_names(names_which_can_be_offloaded=names, **where)
     return jax.checkpoint(step, prevent_cse=False, policy=policy)
