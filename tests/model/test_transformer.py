@@ -1,6 +1,7 @@
 """The whole forward pass: documents, padding, causality, rematerialisation, replaceable equations."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
