@@ -82,6 +82,25 @@ def test_seed_decides_what_is_sampled(serve, exported, capsys: pytest.CaptureFix
     assert len({run(seed) for seed in range(3)}) > 1
 
 
+def test_a_configuration_file_replaces_functions(serve, exported, tmp_path, capsys) -> None:
+    """Which are traced, and raise what tells that they were."""
+    file = tmp_path / "mine.py"
+    body = "    return dataclasses.replace(ds.functions_for(cfg.precision), route=my_route)\n"
+    file.write_text(
+        "import dataclasses\nimport dsv3_jax as ds\n"
+        "def get_config():\n    return ds.load_config('configs/tiny.py')\n"
+        "def my_route(logits, bias, **settings):\n    raise ValueError(f'{logits.dtype} was routed here')\n"
+        f"def get_functions(cfg):\n{body}"
+    )
+    with pytest.raises(ValueError, match="float32 was routed here"):
+        serve.main(["--model", str(exported[0]), "--prompt", "a", "--max-new-tokens", "4", "--config", str(file)])
+    file.write_text(file.read_text().replace(body, "    return cfg.nothing\n"))
+    assert (
+        serve.main(["--model", str(exported[0]), "--prompt", "a", "--max-new-tokens", "4", "--config", str(file)]) == 2
+    )
+    assert "has no attribute 'nothing'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

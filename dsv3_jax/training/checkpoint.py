@@ -175,7 +175,7 @@ def load_variables(
     """The newest whole checkpoint of a run as (resolved configuration, variables), for serving and export.
 
     Returns NumPy arrays: `{"params", "router_state"}`; `use_average` takes the moving average of the parameters.
-    Writes nothing.
+    Writes nothing. `say` receives one line for a corrupt checkpoint, and one for functions that the run had replaced.
 
     Raises:
         CheckpointError: `run_dir` holds no checkpoint, or none that is whole, or no average, or a tokenizer.json of
@@ -187,17 +187,23 @@ def load_variables(
         if reason is not None:
             say(f"checkpoint {path.name} is corrupt ({reason}): taking the one before.")
             continue
-        return _variables(path, run_dir, use_average)
+        return _variables(path, run_dir, use_average, say)
     raise CheckpointError(f"{run_dir} holds no whole checkpoint; train with --run-dir {run_dir} first.")
 
 
-def _variables(path: Path, run_dir: Path, use_average: bool) -> tuple[dict, dict]:
+def _variables(path: Path, run_dir: Path, use_average: bool, say: Callable[[str], None]) -> tuple[dict, dict]:
     name = AVERAGE if use_average else "params"
     if not (path / name).is_dir():
         raise CheckpointError(f"checkpoint {path} has no {name}; it was trained with ema_decay=0.")
     host = files.read_host(path)
     config = complete(host.get("config"), where=str(path / HOST))
     _check_tokenizer(run_dir, host.get("digests"))
+    if host.get("functions"):
+        names = ", ".join(f"{field} by {name}" for field, name in host["functions"].items())
+        say(
+            f"{run_dir} was trained with functions of its own ({names}); what uses its parameters needs the same ones "
+            "(functions=, or serve.py --config)."
+        )
     cfg: ModelConfig = from_dict(config["model"], ModelConfig)
     dtype = functions_for(str(config["precision"])).param_dtype
     variables = jax.eval_shape(lambda key: init(cfg, key, dtype), jax.random.key(0))

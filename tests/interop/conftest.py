@@ -46,12 +46,12 @@ def save_checkpoint(repository):
     """Saves variables, and their moving average, as a run of `cfg` does."""
     tiny = load_config(repository / "configs" / "tiny.py")
 
-    def save(run_dir: Path, step: int, cfg: ModelConfig, variables: dict, average: dict | None) -> None:
+    def save(run_dir: Path, step: int, cfg: ModelConfig, variables: dict, average: dict | None, **host) -> None:
         train = dataclasses.replace(tiny.train, seq_len=cfg.max_position)
         config = to_dict(dataclasses.replace(tiny, model=cfg, train=train, precision="float32"))
-        state = TrainState(variables["params"], variables["router_state"], {}, jnp.zeros(2, jnp.uint32))
+        state = TrainState(variables["params"], variables["router_state"], {})
         folder = CheckpointFolder(run_dir / "checkpoints", keep=5)
-        folder.save(step, state, average, {"config": config})
+        folder.save(step, state, average, {"config": config, **host})
         folder.wait()
 
     return save

@@ -26,6 +26,14 @@ def test_a_corrupt_checkpoint_is_passed_over(
     assert "is corrupt" in capsys.readouterr().err
 
 
+def test_functions_that_a_run_replaced_are_named(run_dir, small, random_variables, save_checkpoint, capsys) -> None:
+    ds.load(run_dir)
+    assert capsys.readouterr().err == ""
+    save_checkpoint(run_dir, 3, small, random_variables(small), None, functions={"route": "equal_route"})
+    ds.load(run_dir)
+    assert "was trained with functions of its own (route by equal_route); what uses" in capsys.readouterr().err
+
+
 def test_an_official_folder_is_read_as_load_pretrained_reads_it(golden, assert_same_bits) -> None:
     folder = golden / "hf" / "tiny_a"
     cfg, variables = ds.load(folder, dtype="bfloat16")

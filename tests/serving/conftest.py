@@ -1,6 +1,7 @@
 """Small models to complete with, and their plain uncached completion."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,7 +32,11 @@ CONFIGS = {
 }
 
 
-_logits = jax.jit(lambda cfg, variables, tokens: forward(cfg, variables, tokens).logits, static_argnums=0)
+@partial(jax.jit, static_argnames=("cfg", "functions"))
+def _logits(cfg, variables, tokens, functions=None):
+    return forward(cfg, variables, tokens, functions=functions).logits
+
+
 LONGEST = 48
 
 
@@ -79,7 +84,7 @@ def slowly():
 @pytest.fixture(scope="session")
 def uncached_logits():
     """Logits of rows of any lengths, [B, LONGEST, V]."""
-    return lambda cfg, variables, rows: np.asarray(_logits(cfg, variables, filled_up(rows)))
+    return lambda cfg, variables, rows, functions=None: np.asarray(_logits(cfg, variables, filled_up(rows), functions))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Completion equals the plain uncached forward pass, token for token, and compiles once a bucket."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from dsv3_jax.serving.generate import bucket, generate
 from dsv3_jax.serving.request import checked_prompts, checked_sampling, checked_stop_ids
 
 BFLOAT16 = functions_for("bfloat16")
+FLOAT32 = functions_for("float32")
 
 
 def prompts_of(cfg, lengths, seed: int = 0) -> list[list[int]]:
@@ -255,6 +258,31 @@ def test_sampling_parameters_that_are_no_numbers_are_refused(base, how, message)
     every = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": np.int32(3)}
     with pytest.raises(ConfigError, match=message):
         checked_sampling(base[0], 2, **(every | how))
+
+
+def test_replaced_router_core_and_experts_are_those_of_forward(base, uncached_logits) -> None:
+    cfg, variables = base
+
+    def equal_route(logits, bias, **settings):
+        weights, ids = FLOAT32.route(logits, bias, **settings)
+        return jnp.full_like(weights, 0.5), ids
+
+    def flatter_attend(q, k, v, *args, scale, **how):
+        return FLOAT32.attend(q, k, v, *args, scale=scale / 2, **how)
+
+    def half_experts(gate_up, down, dispatched):
+        return FLOAT32.expert_ffn(gate_up, down, dispatched) / 2
+
+    prompts = prompts_of(cfg, (4, 6, 5), 10)
+    functions = dataclasses.replace(FLOAT32, route=equal_route, attend=flatter_attend, expert_ffn=half_experts)
+    ids, logprobs = generate(cfg, variables, prompts, 5, functions=functions, return_logprobs=True)
+    rows = [prompt + row.tolist() for prompt, row in zip(prompts, ids, strict=True)]
+    logits = uncached_logits(cfg, variables, rows, functions=functions)
+    expected, usual = (jax.nn.log_softmax(found) for found in (logits, uncached_logits(cfg, variables, rows)))
+    for row, prompt in enumerate(prompts):
+        places = len(prompt) - 1 + np.arange(5)
+        np.testing.assert_allclose(logprobs[row], expected[row, places, ids[row]], atol=1e-4)
+        assert abs(logprobs[row] - usual[row, places, ids[row]]).max() > 1e-2
 
 
 def test_bfloat16_parameters_decide_the_arithmetic(base, variables_of) -> None:
