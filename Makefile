@@ -5,7 +5,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-slow test-all test-aot gpu lint bench clean
+.PHONY: help setup train test test-slow test-all test-aot aot-step gpu lint bench clean
 
 PYTHON ?=
 VENV ?= $(if $(PYTHON),.venv-$(notdir $(PYTHON)),.venv)
@@ -20,18 +20,21 @@ STAMP := $(VENV)/.installed
 # A file is one worker's, so that its fixtures are made once.
 PYTEST = $(PY) -m pytest $(TESTS) -q -n $(WORKERS) --dist loadfile
 
-# Kernels are compiled for H100 in an environment of their own, with the CUDA plugin of jax and NVIDIA's compilers.
+# Programs are compiled for H100 in an environment of their own, with the CUDA plugin of jax and NVIDIA's compilers.
 # Python 3.11 has no jax that can; there the check says so.
 AOT_VENV := $(VENV)-aot
 AOT_STAMP := $(AOT_VENV)/.installed
-AOT_PACKAGES := jax jaxtyping ml_dtypes numpy
 AOT_PLUGINS := jax-cuda13-pjrt jax-cuda13-plugin
 AOT_COMPILERS := nvidia-cuda-nvcc nvidia-cuda-nvdisasm nvidia-nvvm
 
-# So are they run, with CUDA's libraries; where the driver sees no GPU nothing is installed for one.
+# Where the driver sees a GPU, programs run in an environment that has CUDA's libraries, too.
 GPU_VENV := $(VENV)-gpu
 GPU_STAMP := $(GPU_VENV)/.installed
-GPU_PACKAGES := "jax[cuda13]; python_version >= '3.12'" "jax[cuda12]; python_version < '3.12'" jaxtyping ml_dtypes numpy
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+RUN_STAMP := $(if $(HAS_GPU),$(GPU_STAMP),$(STAMP))
+RUN_PY := $(if $(HAS_GPU),$(GPU_VENV),$(VENV))/bin/python
+# What `make gpu` trains of V2-Lite, so that state and activations fit into 80 GiB (python -m dsv3_jax.planning.aot_step).
+GPU_LAYERS := model.num_layers=4 train.batch.micro=8
 
 # Compiled XLA programs are stored between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -42,8 +45,8 @@ help: ## this list
 
 setup: $(STAMP) ## make the virtual environment, if it is not there
 
-train: $(STAMP) ## train the tiny model on real code, about ten minutes on 2 cores; repeats resume
-	$(PY) train.py --config $(CONFIG) --run-dir $(RUN_DIR) $(ARGS)
+train: $(RUN_STAMP) ## train the tiny model on real code, about ten minutes on 2 cores, or on the GPU; repeats resume
+	$(RUN_PY) train.py --config $(CONFIG) --run-dir $(RUN_DIR) $(ARGS)
 
 test: $(STAMP) ## the fast tests, under 15 minutes on 2 cores
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -55,23 +58,27 @@ test-all: $(STAMP) ## all tests, under 45 minutes on 2 cores
 	$(PYTEST) $(ARGS)
 
 test-aot: $(AOT_STAMP) ## compile every kernel for H100 without one; ARGS=--write renews kernels/results/compiled_sm90a.md
-	JAX_PLATFORMS=cpu PYTHONPATH=kernels $(AOT_VENV)/bin/python -m dsv3_kernels.aot $(or $(ARGS),--check)
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m dsv3_kernels.aot $(or $(ARGS),--check)
 
-gpu: $(STAMP) ## check the kernels' small cases on this machine's GPU, then measure speed into kernels/results/; under ten minutes
-	@export PYTHONPATH=kernels; python=$(PY); \
-	if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) --no-print-directory $(GPU_STAMP) || exit; python=$(GPU_VENV)/bin/python; fi; \
-	$$python -m dsv3_kernels.check --isolate --small --seconds 200 --out kernels/results/check.jsonl; checked=$$?; \
-	if [ $$checked = 3 ] && [ $$python = $(PY) ]; then exit 0; fi; \
-	$$python -m dsv3_kernels.bench $(ARGS) && exit $$checked
+aot-step: $(AOT_STAMP) ## compile a training step of CONFIG for H100 without one: kernels, loops, memory
+	JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(AOT_VENV)/bin/python -m dsv3_jax.planning.aot_step $(CONFIG) $(ARGS)
+
+gpu: $(RUN_STAMP) ## on a GPU: check the kernels, train layers of V2-Lite, measure kernels into kernels/results/; about ten minutes
+	@$(RUN_PY) -m dsv3_kernels.check --isolate --small --seconds 150 --out kernels/results/check.jsonl; checked=$$?; \
+	if [ $$checked = 3 ] && [ -z "$(HAS_GPU)" ]; then echo "Training layers of V2-Lite: not measured."; exit 0; fi; \
+	for precision in mixed fp8_dsv3; do \
+	  $(RUN_PY) -m dsv3_jax.bench.train configs/v2_lite_16b.py --rounds 20 --set $(GPU_LAYERS) precision=$$precision || checked=1; \
+	done; \
+	$(RUN_PY) -m dsv3_kernels.bench --seconds 150 $(ARGS) && exit $$checked
 
 lint: $(STAMP) ## ruff and pyright
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-bench: $(STAMP) ## training and decoding speed of configs/bench_30m.py
-	$(PY) -m dsv3_jax.bench.train configs/bench_30m.py $(ARGS)
-	$(PY) -m dsv3_jax.bench.decode configs/bench_30m.py $(ARGS)
+bench: $(RUN_STAMP) ## training and decoding speed of configs/bench_30m.py
+	$(RUN_PY) -m dsv3_jax.bench.train configs/bench_30m.py $(ARGS)
+	$(RUN_PY) -m dsv3_jax.bench.decode configs/bench_30m.py $(ARGS)
 
 clean: ## remove environments, caches and build leftovers; runs/ stays
 	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
@@ -106,13 +113,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) $(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
-$(AOT_STAMP): constraints.txt
+$(AOT_STAMP): pyproject.toml constraints.txt
 	@$(call make_venv,$(AOT_VENV))
-	@$(AOT_VENV)/bin/python $(PIP_INSTALL) $(AOT_PACKAGES) $(foreach name,$(AOT_PLUGINS),"$(name); python_version >= '3.12'")
+	@$(AOT_VENV)/bin/python $(PIP_INSTALL) -e . $(foreach name,$(AOT_PLUGINS),"$(name); python_version >= '3.12'")
 	@$(AOT_VENV)/bin/python $(PIP_INSTALL) --no-deps $(foreach name,$(AOT_COMPILERS),"$(name); python_version >= '3.12'")
 	@touch $@
 
-$(GPU_STAMP): constraints.txt
+$(GPU_STAMP): pyproject.toml constraints.txt
 	@$(call make_venv,$(GPU_VENV))
-	@$(GPU_VENV)/bin/python $(PIP_INSTALL) $(GPU_PACKAGES)
+	@$(GPU_VENV)/bin/python $(PIP_INSTALL) -e '.[cuda13]'
 	@touch $@

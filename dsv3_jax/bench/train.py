@@ -35,6 +35,7 @@ from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.state import init_state
 from dsv3_jax.training.step import Rates, make_step
+from dsv3_jax.typing import Array
 
 EXIT_USER_ERROR = 2
 
@@ -72,13 +73,13 @@ def measure(
         many = dataclasses.replace(cfg.model, moe=dataclasses.replace(cfg.model.moe, num_experts=num_experts))
     machine = describe(functions_for(cfg.precision).compute_dtype)
     parameters: dict[str, int] = {}
-    ours, parameters["ours"] = training_program(cfg)
+    ours, parameters["ours"], losses = training_program(cfg)
     compile_s = ours()
     ours()
     memory = peak_memory_gib()
     programs = {"ours": ours}
     if many is not None:
-        programs["many_experts"], parameters["many_experts"] = training_program(dataclasses.replace(cfg, model=many))
+        programs["many_experts"], parameters["many_experts"], _ = training_program(dataclasses.replace(cfg, model=many))
     if peer_python is not None:
         with Peer(peer_python, cfg.model, batch=batch, seq_len=seq_len, threads=machine["cores"]) as peer:
             seconds = _warm_and_take_turns(programs | {"peer": lambda: peer.seconds("train")}, rounds)
@@ -97,6 +98,8 @@ def measure(
         "rounds": rounds,
         **speed,
         "compile_s": compile_s,
+        "losses": [float(losses[0]), float(losses[-1])],
+        "steps": len(losses),
         "flops_per_token": flops,
         "mfu": speed["tokens_per_s"] * flops / (machine["matmul_gflops"] * 1e9),
         "peak_memory_gib": memory,
@@ -117,21 +120,27 @@ def measure(
     return result
 
 
-def training_program(cfg: RunConfig) -> tuple[Callable[[], float], int]:
-    """A program that makes one training step on random tokens and returns its seconds; and the parameter count."""
+def training_program(cfg: RunConfig) -> tuple[Callable[[], float], int, list[Array]]:
+    """A program that makes one training step on random tokens, always the same, and returns its seconds.
+
+    With it come the parameter count, and a list to which each step appends its loss.
+    """
     step = make_step(cfg)
     state = [init_state(cfg)]
     batches = stack([random_batch(cfg)])
     rates = Rates(np.float32(cfg.train.lr.low), np.float32(0.1), np.float32(cfg.train.auxiliary.bias_speed))
 
+    losses: list[Array] = []
+
     def program() -> float:
         def work() -> Any:
             state[0], report = step(state[0], batches, rates)
+            losses.append(report.loss)
             return state[0], report
 
         return timed(work)
 
-    return program, sum(leaf.size for leaf in jax.tree.leaves(state[0].params))
+    return program, sum(leaf.size for leaf in jax.tree.leaves(state[0].params)), losses
 
 
 def random_batch(cfg: RunConfig) -> Batch:
@@ -173,11 +182,12 @@ def _print_table(result: dict[str, Any]) -> None:
     console = rich.console.Console()
     console.print(table)
     versions = " ".join(f"{name} {version}" for name, version in result["versions"].items())
+    first, last = result["losses"]
     console.print(
         f"MFU {result['mfu']:.1%} of {result['matmul_gflops']:.0f} GFLOP/s measured · "
         f"{result['flops_per_token'] / 1e6:.1f} MFLOP a token · peak memory {result['peak_memory_gib']:.2f} GiB · "
-        f"first step {result['compile_s']:.1f} s\n{result['device']}, {result['cores']} cores · {versions} · "
-        f"commit {result['commit']}",
+        f"first step {result['compile_s']:.1f} s · loss {first:.3f}, after {result['steps']} steps {last:.3f}\n"
+        f"{result['device']}, {result['cores']} cores · {versions} · commit {result['commit']}",
         highlight=False,
     )
 

@@ -9,6 +9,7 @@ compiler fails. Needs the CUDA plugin of jax and pip's ptxas; no driver.
 import importlib.resources
 import json
 import os
+import re
 import resource
 import sys
 import traceback
@@ -79,15 +80,20 @@ def compile_case(case: "AotCase") -> "jax.stages.Compiled":
     return jax.jit(case.function).lower(*on_h100(case.args)).compile()
 
 
-def on_h100(arguments: Any) -> Any:
+def on_h100(arguments: Any, *, memory_bytes: int | None = None) -> Any:
     """The shapes and dtypes of a tree of arguments, on an H100 that is not here: `jit(f).lower` compiles for it.
 
+    Args:
+        arguments: arrays, or what has their shapes and dtypes.
+        memory_bytes: in place of its 80 GiB. What does not fit is recomputed where XLA finds a way.
     Raises: RuntimeError where jax has no plugin for CUDA.
     """
     import jax
     from jax.experimental import topologies
 
     target = importlib.resources.files("dsv3_kernels.aot").joinpath("h100_sxm.txtpb").read_text(encoding="utf-8")
+    if memory_bytes is not None:
+        target = re.sub(r"(?<=device_memory_size: )\d+", str(memory_bytes), target)
     topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=target)
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     return jax.tree.map(lambda arg: jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=device), arguments)
