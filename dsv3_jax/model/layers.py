@@ -76,7 +76,6 @@ def layer(
     return x + added, cache, routing
 
 
-@jax.named_scope("layers")
 def run_layers(
     stack: Params,
     biases: Float[Array, "L E"] | None,
