@@ -1,6 +1,19 @@
 """Kernels of DeepSeek-V3: each op has a plain reference form, an XLA form, and a form for Hopper GPUs.
 
 The public names load when first used, so that importing the package costs nothing.
+
+| letter | axis                        | letter | axis                                  |
+|--------|-----------------------------|--------|---------------------------------------|
+| M      | rows                        | N      | columns; tokens; pages of a pool      |
+| K      | contraction; chosen experts | G      | groups of rows; work items of a plan  |
+| A      | input of a weight           | Z      | its output; parts; slots of a page    |
+| E      | experts                     | D      | model width                           |
+| F      | feed-forward width          | F2     | gate and up together, 2·F             |
+| B      | sequences                   | H      | attention heads                       |
+| T      | queries                     | S      | keys; in decoding, queries            |
+| C      | latent; columns             | R      | head dim with rope; rows              |
+| J      | head dim of queries, keys   | W      | head dim of values; a stored row      |
+| P      | pages of a sequence         | X      | a joined row                          |
 """
 
 import importlib

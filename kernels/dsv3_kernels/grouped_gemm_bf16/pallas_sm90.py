@@ -159,8 +159,8 @@ def grouped_matmul_k(
     return cut_to(out, (num_groups, A, Z))
 
 
-def tile_lists(unit_group: Int[Array, "U"], height: int) -> tuple[Array, Array, Array, Array]:
-    """First unit, group and number of units of each tile, [U] each; how many tiles there are, [1].
+def tile_lists(unit_group: Int[Array, "M_units"], height: int) -> tuple[Array, Array, Array, Array]:
+    """First unit, group and number of units of each tile, [M_units] each; how many tiles there are, [1].
 
     A run of units of one group becomes tiles of `height` units; the last may have fewer.
     """

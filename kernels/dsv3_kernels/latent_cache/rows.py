@@ -13,8 +13,8 @@ from dsv3_kernels.latent_cache.fp8_rows import pack_fp8_cache_rows
 def new_rows(
     kv_down: Float[Array, "B T X"],
     norm_scale: Float[Array, "C"],
-    cos: Float[Array, "B T halfR"],
-    sin: Float[Array, "B T halfR"],
+    cos: Float[Array, "B T R_half"],
+    sin: Float[Array, "B T R_half"],
     *,
     eps: float,
     dtype: jax.typing.DTypeLike,

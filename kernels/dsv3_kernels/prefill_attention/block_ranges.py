@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Int
 class Overlaps(NamedTuple):
     """Of each tile of queries with each block of keys."""
 
-    some: Bool[Array, "B q k"]
+    some: Bool[Array, "B T_blocks S_blocks"]
     """Some query may see some key."""
-    every: Bool[Array, "B q k"]
+    every: Bool[Array, "B T_blocks S_blocks"]
     """Every query sees every key, so that no mask is needed."""
 
 
@@ -46,7 +46,7 @@ def overlaps(
     return Overlaps(some, every)
 
 
-def visits(some: Bool[Array, "*n k"], every: Bool[Array, "*n k"]) -> Int[Array, "*n 4"]:
+def visits(some: Bool[Array, "*batch S_blocks"], every: Bool[Array, "*batch S_blocks"]) -> Int[Array, "*batch 4"]:
     """(begin, a, b, end): blocks begin..end are visited, of which a..b need no mask.
 
     Blocks without overlap between others with overlap are visited too, masked; so are full ones after the first run.

@@ -47,7 +47,7 @@ def _weigh(weights, plan):
     return _found(weights.reshape(-1), plan.pair_of)
 
 
-def _found(x: Float[Array, "X *D"], at: Int[Array, "*Y"]) -> Float[Array, "..."]:
+def _found(x: Float[Array, "X *D"], at: Int[Array, "*batch"]) -> Float[Array, "..."]:
     """x[at], zero where `at` is X."""
     return x.at[at].get(mode="fill", fill_value=0)
 
