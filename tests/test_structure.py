@@ -1,4 +1,4 @@
-"""The tree of the repository keeps its promises: imports point one way, files stay small, nothing machine-bound."""
+"""What holds of the whole repository: imports point one way, files stay small, nothing machine-bound."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""The training bench: its numbers belong together, its errors are clear, and ratios pair rounds."""
+"""The training bench: its figures belong together, its errors are clear, and ratios pair rounds."""
 
 import dataclasses
 import json

@@ -29,7 +29,7 @@ def small() -> ModelConfig:
 
 @pytest.fixture
 def random_variables():
-    """cfg -> variables with random numbers everywhere, biases and norms too."""
+    """cfg -> variables with random values everywhere, biases and norms too."""
 
     def make(cfg: ModelConfig, dtype: str = "float32", seed: int = 0) -> dict:
         rng = np.random.default_rng(seed)

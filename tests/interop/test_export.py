@@ -1,4 +1,4 @@
-"""The export of a run: its newest whole checkpoint, its tokenizer, and exit code 2 for what a user can mend."""
+"""The export of a run: its newest whole checkpoint, its tokenizer, and exit code 2 for a user error."""
 
 import dataclasses
 import shutil

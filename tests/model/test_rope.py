@@ -97,7 +97,7 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:
     [
         # Kimi-K2: pair 19.2 turns once in 4096 positions, so the step lies between pairs 19 and 20
         (YarnConfig(factor=32.0, beta_fast=1.0), 50000.0, [1.0] * 20 + [32.0] * 12),
-        # a pair that turns exactly once is the last one that keeps its frequency
+        # a pair that rotates exactly once is the last one whose frequency stays
         (YarnConfig(factor=8.0, original_max_position=1000, beta_fast=500 / math.pi, beta_slow=500 / math.pi), 2.0,
          [1.0] + [8.0] * 31),
         # no pair turns so often or so seldom: all on one side, as the released code has it

@@ -1,4 +1,4 @@
-"""Activations kept for the backward pass: what the formulas say is what the model holds."""
+"""Activations saved for the backward pass: the formulas count what the model holds."""
 
 import collections
 from pathlib import Path

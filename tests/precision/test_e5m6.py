@@ -1,4 +1,4 @@
-"""E5M6 against a search for the nearest of all its numbers."""
+"""E5M6 against a search for the nearest of all its values."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def value_of(code: int) -> float:
 
 
 FINITE = np.array([value_of(code) for code in range(31 << 6)])
-"""All finite numbers from zero up, by code."""
+"""All finite values from zero up, by code."""
 
 
 def nearest(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Routed experts in FP8 against float32, and the rows' feed-forward against the products it is made of."""
+"""Routed experts in FP8 against float32, and the rows' feed-forward against the matmuls it is made of."""
 
 import functools
 
