@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 PACKAGES = {
@@ -18,7 +19,7 @@ SPELLED_OUT = {"batch"}
 def axes(file: Path) -> Iterator[str]:
     """The names in the shapes of a file's annotations, without what a suffix spells out: `M_blocks` is M."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Subscript) or getattr(node.value, "id", "Literal") == "Literal":
+        if not isinstance(node, ast.Subscript) or not hasattr(jaxtyping, getattr(node.value, "id", "-")):
             continue
         shape = node.slice.elts[-1] if isinstance(node.slice, ast.Tuple) else None
         if isinstance(shape, ast.Constant) and isinstance(shape.value, str):

@@ -1,20 +1,23 @@
-"""Every fenced block of every README runs, as if a reader typed the page from top to bottom.
+"""Every fenced block of every README, and of pages beside it, runs as if a reader typed it from top to bottom.
 
-- ```python``` blocks of one README share one namespace, in order. A block whose first line is a comment naming a file
+- ```python``` blocks of one page share one namespace, in order. A block whose first line is a comment naming a file
   (`# my_router.py`) is also written to that file, for the commands below it.
 - ```sh``` blocks: every line is a command and runs in this process, with status 0. Of `CHECKED` ones only program and
-  flags are checked, in fast tests of `SLOW` ones, too; of `make` the target. `SHORTER` adds what makes a command short.
+  flags are checked, in fast tests of `SLOW` ones, too; of `make` the target, of `pip` the extra. `SHORTER` adds what
+  makes a command short.
 - ```text``` and ```mermaid``` blocks are pictures; there is no other kind.
 
 All happens in an empty folder in which the paths that examples name exist: the sources, `path/to/folder` (a little
-text), `DeepSeek-V3` (a small official folder), `tokenizer.json`, and `configs/`, where the two files that are trained
-here, `tiny.py` and `bench_30m.py`, are the midget of `tests/training`.
+text), `runs/tiny` and `DeepSeek-V3` (a small run, a small official folder), `tokenizer.json`, and `configs/`, where the
+two files that are trained here, `tiny.py` and `bench_30m.py`, are the midget of `tests/training`.
 """
 
 import argparse
 import importlib.util
 import re
 import shlex
+import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +30,7 @@ from tests.small import make_config, make_variables
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("configs", "dsv3_jax", "kernels", "tests")
-FOUND = [ROOT / "README.md", *(found for top in FOLDERS for found in sorted((ROOT / top).rglob("README.md")))]
+FOUND = [ROOT / "README.md", *(found for top in FOLDERS for found in sorted((ROOT / top).rglob("*.md")))]
 READMES = {path.relative_to(ROOT).as_posix(): path for path in FOUND}
 FENCED = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
@@ -46,7 +49,7 @@ SHORTER = {
     "python serve.py": "--max-new-tokens 4",
 }
 # What takes more than a few seconds even so.
-SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench", "-m dsv3_jax.planning")
+SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench", "-m dsv3_jax.planning", "--config my_")
 
 
 class Block(NamedTuple):
@@ -92,6 +95,7 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile_quickly: None
     text.mkdir(parents=True)
     for number in range(6):
         (text / f"{number}.py").write_text(f"def f{number}(x):\n    return x * {number}\n" * 40)
+    shutil.copytree(ROOT / "tests" / "golden" / "run_0_1", tmp_path / "runs" / "tiny")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -148,6 +152,8 @@ def run_command(command: str, *, is_run: bool) -> None:
             assert main(arguments) == 0, command
         else:
             check_flags(main, arguments)
+    elif program == "pip":
+        check_pip(arguments)
     else:
         assert program == "export", f"{command}: teach tests/test_readme.py to run this, or mark the block as text"
 
@@ -188,6 +194,14 @@ def check_make(arguments: list[str]) -> None:
         variable, is_variable, _ = argument.partition("=")
         pattern = rf"\$\({variable}\)" if is_variable else rf"^{argument}:.*## "
         assert re.search(pattern, makefile, re.MULTILINE), f"the Makefile has no {argument}"
+
+
+def check_pip(arguments: list[str]) -> None:
+    """The project has the extra that would be installed."""
+    extra = re.fullmatch(r"install -e \.\[(\w+)\]", " ".join(arguments))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert extra, arguments
+    assert extra[1] in project["optional-dependencies"]
 
 
 def test_every_block_says_what_it_is() -> None:
