@@ -1,4 +1,4 @@
-"""The FP8 linear layers against float32, against the ideal of rounding each operand once, and with values that are not finite."""
+"""The FP8 linear layers against float32, against the ideal of rounding each operand once, and with NaN."""
 
 from functools import partial
 
