@@ -1,4 +1,4 @@
-"""A progress bar for work that turns out to be long."""
+"""A progress bar for work that takes long."""
 
 import contextlib
 import threading

@@ -38,8 +38,8 @@ def quantize(x: Float[Array, "M A"]) -> E5M6Tensor:
 
 def dequantize(q: E5M6Tensor, *, num_columns: int) -> Float[Array, "M A"]:
     """Float32."""
-    numbers = decode(_unpack(q.packed))[:, :num_columns]
-    return numbers * jnp.repeat(q.scales, TILE, axis=1)[:, :num_columns]
+    elements = decode(_unpack(q.packed))[:, :num_columns]
+    return elements * jnp.repeat(q.scales, TILE, axis=1)[:, :num_columns]
 
 
 def encode(x: Float[Array, "*batch"]) -> UInt[Array, "*batch"]:

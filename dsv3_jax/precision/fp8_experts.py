@@ -1,4 +1,4 @@
-"""The feed-forward of rows sorted by expert, in FP8: three grouped products in each direction (report section 3.3.2).
+"""The feed-forward of rows sorted by expert, in FP8: three grouped matmuls in each direction (report section 3.3.2).
 
 It stands between the two ends of `wire`, and does not know whether rows came from this device or from another.
 """
@@ -46,7 +46,7 @@ def expert_ffn(
     they are E4M3 again; a tile whose largest element was rounded down to 224·2^e gets half the scale and twice the
     values. The same holds for gradients of rows.
 
-    A weight multiplies the float32 scales of its row's hidden product once that is quantised: it costs no pass over
+    A weight multiplies the float32 scales of its row's hidden layer once that is quantised: it costs no pass over
     rows and no rounding, the weighted result is rounded once, to the dtype of rows. Its gradient is read off there,
     so the experts' outputs are not needed. The backward pass has gate and up in FP8 ("experts_gate_up"), and the
     bytes of rows.

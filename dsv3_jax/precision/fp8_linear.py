@@ -1,10 +1,10 @@
-"""A linear layer whose three products are in FP8 (report section 3.3.2, figure 6).
+"""A linear layer whose three matmuls are in FP8 (report section 3.3.2, figure 6).
 
 forward          y = x·w      x in tiles of 1x128 (a token, 128 features), w in blocks of 128x128
 input gradient   dx = dy·wᵀ   dy in tiles of 1x128, w in the same blocks
 weight gradient  dw = xᵀ·dy   both in tiles of 128 tokens of one feature, float32 out
 
-Scales are those of the very tensor (online). Of the activations the backward pass has x in FP8, nothing else; it
+Scales are computed from the tensor itself (online). Of the activations the backward pass has x in FP8, nothing else; it
 dequantises, transposes and quantises that again. A non-finite element of a token stays in its tile: its row of y, or
 of dx, is lost and no other; of dw its feature's row is lost and at most the 127 others of that tile of x, or the
 column of its feature of dy.
@@ -36,7 +36,7 @@ def linear(
 def swiglu_linear(
     gate_up: Float[Array, "... F2"], w: Float[Array, "F Z"], *, dtype: DType, gradient_tile: Tile = (1, 128)
 ) -> Float[Array, "... Z"]:
-    """swiglu(gate_up)·w; gate and up are saved in FP8, their product is recomputed (report section 3.3.3)."""
+    """swiglu(gate_up)·w; gate and up are saved in FP8, what is made of them is recomputed (report section 3.3.3)."""
     rows, w = varying_alike(gate_up.astype(dtype).reshape(-1, gate_up.shape[-1]), w)
     return _swiglu_linear(rows, w, gradient_tile).reshape(*gate_up.shape[:-1], -1)
 

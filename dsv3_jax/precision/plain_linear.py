@@ -19,7 +19,7 @@ def swiglu(gate_up: Float[Array, "... F2"]) -> Float[Array, "... F"]:
 
 
 def swiglu_linear(gate_up: Float[Array, "... F2"], w: Float[Array, "F Z"], *, dtype: DType) -> Float[Array, "... Z"]:
-    """swiglu(gate_up)·w; gate and up are saved as "ffn_gate_up", their product may be recomputed."""
+    """swiglu(gate_up)·w; gate and up are saved as "ffn_gate_up", what is made of them may be recomputed."""
     return linear(swiglu(checkpoint_name(gate_up, "ffn_gate_up")), w, dtype=dtype)
 
 

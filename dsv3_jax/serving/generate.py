@@ -34,7 +34,7 @@ def generate(
 ) -> Any:
     """Completes each prompt by `max_new_tokens` tokens; greedy unless `temperature` > 0.
 
-    `temperature`, `top_k`, `top_p` and `seed` are one number for all prompts, or B numbers, one for each. A token is
+    `temperature`, `top_k`, `top_p` and `seed` are one value for all prompts, or B values, one for each. A token is
     drawn with its sequence's own seed and its position in it: a sequence gets the same tokens alone, in any batch and
     in any row. So a prompt given n times gets n different completions with n seeds, such as `seed=range(n)`.
 

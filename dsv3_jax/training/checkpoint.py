@@ -125,7 +125,7 @@ class CheckpointFolder:
             )
         if found or files.set_aside(self.folder):
             raise CheckpointError(
-                f"every checkpoint in {self.folder} is corrupt; bring one back from a copy, or start anew in another "
+                f"every checkpoint in {self.folder} is corrupt; bring one back from a copy, or start again in another "
                 "run dir."
             )
         return None

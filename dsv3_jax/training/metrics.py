@@ -1,4 +1,4 @@
-"""What a step's report says in numbers a log can hold."""
+"""A step's report as values that a log can hold."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ class Progress(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """How fast it goes: tokens a second, and the share of the device's measured matrix-product peak."""
+    """How fast it goes: tokens a second, and the share of the device's measured matmul rate."""
 
     tokens_per_s: float
     mfu: float
@@ -28,12 +28,12 @@ def load_ratio(load: np.ndarray) -> np.ndarray:
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops_per_s: float) -> float:
-    """Model-FLOPs utilisation: useful operations a second over what the device reaches in a matrix product."""
+    """Model-FLOPs utilisation: useful operations a second over what the device reaches in a matmul."""
     return tokens_per_s * flops_per_token / peak_flops_per_s
 
 
 def metrics_row(progress: Progress, report: StepReport, rates: Rates, speed: Speed) -> dict[str, Any]:
-    """One line of metrics.jsonl, in plain Python numbers. Waits until the step has run.
+    """One line of metrics.jsonl, in plain Python values. Waits until the step has run.
 
     Everything but `tokens_per_s` and `mfu` is decided by configuration and data alone.
     """

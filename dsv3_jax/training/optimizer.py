@@ -18,7 +18,7 @@ from dsv3_jax.typing import Array, DType, Float, Int, Params
 def make_optimizer(
     cfg: OptimizerConfig, model: ModelConfig, *, moment_dtype: DType = jnp.float32
 ) -> optax.GradientTransformation:
-    """Turns float32 gradients into the direction that `apply_update` scales by the learning rate.
+    """Makes of float32 gradients the direction that `apply_update` scales by the learning rate.
 
     `moment_dtype`: of a run, `RunConfig.moment_dtype`.
     """
@@ -55,7 +55,7 @@ def apply_update(params: Params, direction: Params, learning_rate: Float[Array, 
 def update_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"] | Int[Array, "*L E"], speed) -> Array:
     """Lowers the bias of overloaded experts by `speed` (γ) and raises that of underloaded ones (section 2.1.2).
 
-    `load` counts the whole batch of one step, over all devices; an expert at the mean keeps its bias.
+    `load` counts the whole batch of one step, over all devices; at the mean an expert's bias stays.
     """
     load = load.astype(jnp.float32)
     error = load.mean(axis=-1, keepdims=True) - load
@@ -63,7 +63,7 @@ def update_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"] | Int[Arr
 
 
 def _stored_as(inner: optax.GradientTransformation, dtype: DType) -> optax.GradientTransformation:
-    """`inner` computing in float32 with its floating state kept in `dtype` between steps."""
+    """`inner` computing in float32 with its floating state stored in `dtype` between steps."""
 
     def cast(state: Any, target: DType) -> Any:
         return jax.tree.map(lambda x: x.astype(target) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)

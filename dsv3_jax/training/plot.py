@@ -123,7 +123,7 @@ def _has_numbers(row: Mapping[str, Any], *names: str) -> bool:
 
 
 def _alike(rows: Rows, *names: str) -> Rows:
-    """The rows whose lists of numbers `names` are as long as those of the last row that has them."""
+    """The rows whose lists `names` are as long as those of the last row that has them."""
 
     def lengths(row: Mapping[str, Any]) -> tuple[int, ...] | None:
         lists = [row.get(name) for name in names]

@@ -31,7 +31,7 @@ class Clock:
     Args:
         progress: where the run is.
         flops_per_token: useful operations of training.
-        peak_flops_per_s: what the device reaches in a matrix product.
+        peak_flops_per_s: what the device reaches in a matmul.
         now: seconds, from any start.
     """
 

@@ -106,7 +106,7 @@ def open_run(
     `functions`: what a layer is made of; default: those that `cfg.precision` names.
 
     Raises:
-        UserError: the model has no official form, the folder belongs to another configuration (the difference is
+        UserError: the model has no official format, the folder belongs to another configuration (the difference is
             shown), other data or another process, the data cannot be prepared, every checkpoint is corrupt, or the
             folder cannot be written.
     """
@@ -279,7 +279,7 @@ def _write_config(run_dir: Path, tree: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder; the lock goes with the process, however it ends."""
+    """Locks a second process out of the folder; the lock goes with the process, however it ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         handle: TextIO = (run_dir / ".lock").open("w")

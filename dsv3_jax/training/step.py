@@ -176,7 +176,7 @@ def make_step(
         loss: as `batch_loss`.
         functions: what a layer is made of; default: those that `cfg.precision` names.
         gradients: in place of autodiff of `loss`, such as a pipeline.
-        shardings: of a `TrainState`, that every program keeps to; without them XLA chooses where moments lie.
+        shardings: of a `TrainState`, of the results of every program; without them XLA chooses where moments lie.
     """
     gradients = gradients or partial(gradients_of, partial(loss, cfg=cfg, functions=functions))
     update = jax.named_scope("optimizer")(partial(apply_gradients, cfg=cfg))

@@ -1,4 +1,4 @@
-"""What this device reaches in a large matrix product: the yardstick of model-FLOPs utilisation."""
+"""What this device reaches in a large matmul: the yardstick of model-FLOPs utilisation."""
 
 import time
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from dsv3_jax.typing import Array, DType
 
 
 def measure_matmul_peak(dtype: DType, *, size: int | None = None, repeats: int = 4) -> float:
-    """Operations a second of a square product in `dtype` on the default device, best of `repeats`.
+    """Operations a second of a square matmul in `dtype` on the default device, best of `repeats`.
 
-    `size` defaults to 1536 on a CPU (a tenth of a second a product on two cores) and 8192 elsewhere, where eight
-    products wait in line, so that the host's calls are hidden. The elements are random: a GPU's clock is higher while
+    `size` defaults to 1536 on a CPU (a tenth of a second each on two cores) and 8192 elsewhere, where eight
+    matmuls wait in line, so that the host's calls are hidden. The elements are random: a GPU's clock is higher while
     it multiplies ones.
     """
     is_cpu = jax.default_backend() == "cpu"
