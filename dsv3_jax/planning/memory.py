@@ -1,11 +1,11 @@
-"""Activations that one layer keeps for its backward pass, by class of tensor: in bfloat16 and in FP8.
+"""Activations that one layer saves for its backward pass, by the name of the tensor: in bfloat16 and in FP8.
 
     python -m dsv3_jax.planning.memory configs/dsv3_671b.py                  # a layer, at 4096 tokens a row
     python -m dsv3_jax.planning.memory configs/tiny.py --rows 8 --compile    # and what XLA allocates for a layer
 
-Computed twice: from the shapes of the configuration (`kept_tensors`), and read off the residuals of the model's own
-backward pass (`residuals`), which traces a layer and allocates nothing. The program fails if the two differ. With
-`--compile` XLA's own account of the compiled gradient is a third.
+Both are read off a trace of the model's own layer, which allocates nothing: the tensors that it names, and what its
+backward pass holds under `remat="paper"`. The program fails if the two differ. With `--compile` XLA's own account of
+the compiled gradient is a third.
 """
 
 import argparse
@@ -13,11 +13,12 @@ import collections
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
@@ -31,22 +32,18 @@ from dsv3_jax.model.moe.router import stack_bias
 from dsv3_jax.model.params import ParamSpec, abstract_params
 from dsv3_jax.model.rope import RopeTable
 from dsv3_jax.model.transformer import hidden_states
-from dsv3_jax.precision.fp8_experts import BLOCK_ROWS
-from dsv3_kernels.routed_experts.plan import block_size_for, num_blocks
 
 COMPARED = ("mixed", "fp8_dsv3")
 
-SCALED = 128
-"""Numbers that share a float32 scale."""
+INPUT = "(input of the layer)"
 
 FURTHER_LAYERS = 4
 """Between the two programs that `allocated_a_layer` compares."""
 
 
-class Kept(NamedTuple):
-    """A tensor of the backward pass."""
+class Tensor(NamedTuple):
+    """Shape and dtype of what a backward pass holds."""
 
-    part: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -56,52 +53,28 @@ class Kept(NamedTuple):
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
-def kept_tensors(cfg: ModelConfig, functions: Functions, *, rows: int, seq_len: int, is_moe: bool) -> list[Kept]:
-    """What `remat="paper"` keeps of one layer, parameters left out, from shapes alone.
+class Layer(NamedTuple):
+    """What one layer of a model does for its backward pass, parameters left out."""
 
-    With fp8_dsv3 SwiGLU's inputs are bytes of E4M3 and attention's output E5M6, packed to 1.5 bytes; both with a
-    float32 scale for each 128 elements. Everything else is as in bfloat16.
-    """
-    B, T, D = rows, seq_len, cfg.model_dim
-    mla_cfg, moe = cfg.mla, cfg.moe
-    is_fp8 = functions.name == "fp8_dsv3"
+    named: list[tuple[str, Tensor]]
+    """What has a name that a rematerialisation policy can save, and the input, which every policy saves."""
+    held: collections.Counter[Tensor]
+    """What the backward pass holds."""
 
-    def e4m3(part: str, *shape: int) -> list[Kept]:
-        if not is_fp8:
-            return [Kept(part, shape, "bfloat16")]
-        num_rows, width = math.prod(shape[:-1]), shape[-1]
-        return [
-            Kept(part, (num_rows, width), "uint8"),
-            Kept(part, (num_rows, -(-width // SCALED)), "float32"),
-        ]
+    @property
+    def is_accounted_for(self) -> bool:
+        """Whether the backward pass holds exactly what has a name."""
+        return self.held == collections.Counter(tensor for _, tensor in self.named)
 
-    kept = [Kept("residual stream", (B, T, D), "bfloat16")] * 2
-    if mla_cfg.q_latent_dim is not None:
-        kept.append(Kept("latents before their norms", (B, T, mla_cfg.q_latent_dim), "bfloat16"))
-    kept.append(Kept("latents before their norms", (B, T, mla_cfg.kv_latent_dim + mla_cfg.rope_head_dim), "bfloat16"))
-    heads = mla_cfg.num_heads * mla_cfg.v_head_dim
-    if is_fp8:
-        kept.append(Kept("attention's output", (B * T, 3 * -(-heads // 2)), "uint8"))
-        kept.append(Kept("attention's output", (B * T, -(-heads // SCALED)), "float32"))
-    else:
-        kept.append(Kept("attention's output", (B, T, heads), "bfloat16"))
-    if not is_moe:
-        return [*kept, *e4m3("SwiGLU's inputs", B, T, 2 * cfg.ffn_dim)]
-    if moe.num_shared_experts:
-        kept += e4m3("SwiGLU's inputs", B, T, 2 * moe.expert_dim * moe.num_shared_experts)
-    pairs = B * T * moe.top_k
-    block = BLOCK_ROWS if is_fp8 else block_size_for(pairs, moe.num_experts)
-    blocks = num_blocks(pairs, moe.num_experts, block)
-    kept += e4m3("SwiGLU's inputs, routed", blocks * block, 2 * moe.expert_dim)
-    kept.append(Kept("routing", (B, T, moe.num_experts), "float32"))
-    plan = [(B * T, moe.top_k), (blocks * block,), (blocks * block,), (blocks,)]
-    return [*kept, *(Kept("routing", shape, "int32") for shape in plan)]
+    def size_of(self, name: str | None = None) -> int:
+        """Bytes of what has this name, or any."""
+        return sum(tensor.size for own, tensor in self.named if name in (None, own))
 
 
-def residuals(
+def traced(
     cfg: ModelConfig, functions: Functions, *, rows: int, seq_len: int, is_moe: bool, remat: Remat = "paper"
-) -> collections.Counter[tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor that the model's backward pass of one layer holds, parameters left out."""
+) -> Layer:
+    """One layer of the model, traced with its backward pass."""
     angles: Any = jax.ShapeDtypeStruct((rows, seq_len, cfg.mla.rope_head_dim // 2), jnp.float32)
     rope = RopeTable(angles, angles)
     stack: Any = abstract_params(cfg, functions.param_dtype)
@@ -119,12 +92,10 @@ def residuals(
         return jax.vjp(rematerialised(step, remat), params, x)[1]
 
     x = jax.ShapeDtypeStruct((rows, seq_len, cfg.model_dim), functions.compute_dtype)
-    held = collections.Counter(
-        (leaf.shape, str(leaf.dtype))
-        for leaf in jax.tree.leaves(jax.eval_shape(pullback, params, router_state, x, rope))
-    )
+    jaxpr, results = jax.make_jaxpr(pullback, return_shape=True)(params, router_state, x, rope)
     given = [*jax.tree.leaves(params), *jax.tree.leaves(router_state)[:1], *rope]
-    return held - collections.Counter((leaf.shape, str(leaf.dtype)) for leaf in given)
+    held = collections.Counter(map(_tensor, jax.tree.leaves(results))) - collections.Counter(map(_tensor, given))
+    return Layer([(INPUT, _tensor(x)), *_named(jaxpr.jaxpr)], held)
 
 
 def temporary_bytes(cfg: ModelConfig, functions: Functions, *, rows: int, seq_len: int, remat: Remat) -> int:
@@ -162,39 +133,35 @@ def allocated_a_layer(cfg: ModelConfig, functions: Functions, *, rows: int, seq_
 
 
 def table(cfg: ModelConfig, *, rows: int, seq_len: int, is_moe: bool) -> str:
-    """Bytes a token by class of tensor, in Markdown, after checking them against the backward pass itself.
+    """Bytes a token by name of the saved tensor, in Markdown, after checking them against the backward pass itself.
 
     Raises:
-        UserError: shapes and backward pass disagree.
+        UserError: the backward pass holds what has no name, or does not hold what has one.
     """
-    columns = {}
-    for functions in map(functions_for, COMPARED):
-        kept = kept_tensors(cfg, functions, rows=rows, seq_len=seq_len, is_moe=is_moe)
-        found = residuals(cfg, functions, rows=rows, seq_len=seq_len, is_moe=is_moe)
-        expected = collections.Counter((tensor.shape, tensor.dtype) for tensor in kept)
+    layers = []
+    for name in COMPARED:
+        found = traced(cfg, functions_for(name), rows=rows, seq_len=seq_len, is_moe=is_moe)
+        named = collections.Counter(tensor for _, tensor in found.named)
         check(
-            found == expected,
-            f"{functions.name}: the backward pass holds {dict(found - expected)} beyond, and lacks "
-            f"{dict(expected - found)} of, what planning.memory.kept_tensors counts.",
+            found.is_accounted_for,
+            f"{name}: the backward pass holds {dict(found.held - named)} without a name and lacks "
+            f"{dict(named - found.held)}; name what is saved in model.layers.PAPER, and nothing else.",
         )
-        sizes: dict[str, int] = collections.defaultdict(int)
-        for tensor in kept:
-            sizes[tensor.part] += tensor.size
-        columns[functions.name] = {**sizes, "total": sum(sizes.values())}
-    tokens = rows * seq_len
-    lines = ["| kept of a token | bf16, bytes | FP8, bytes | factor |", "|---|---:|---:|---:|"]
-    for part, size in columns["mixed"].items():
-        narrow = columns["fp8_dsv3"][part]
-        lines.append(f"| {part} | {size / tokens:,.0f} | {narrow / tokens:,.0f} | {size / narrow:.2f} |")
+        layers.append(found)
+    names = dict.fromkeys(name for found in layers for name, _ in found.named)
+    lines = ["| saved of a token | bf16, bytes | FP8, bytes | factor |", "|---|---:|---:|---:|"]
+    for name, label in [*((name, name) for name in names), (None, "total")]:
+        wide, narrow = (found.size_of(name) / (rows * seq_len) for found in layers)
+        lines.append(f"| {label} | {wide:,.0f} | {narrow:,.0f} | {wide / narrow:.2f} |")
     return "\n".join(lines)
 
 
 def everything(cfg: ModelConfig, *, rows: int, seq_len: int, is_moe: bool) -> str:
-    """What `remat="none"` keeps of a token, as a sentence: read off the backward pass."""
+    """What `remat="none"` saves of a token, as a sentence: read off the backward pass."""
     sizes = []
-    for functions in map(functions_for, COMPARED):
-        held = residuals(cfg, functions, rows=rows, seq_len=seq_len, is_moe=is_moe, remat="none")
-        sizes.append(sum(Kept("", *tensor).size * count for tensor, count in held.items()) / (rows * seq_len))
+    for name in COMPARED:
+        held = traced(cfg, functions_for(name), rows=rows, seq_len=seq_len, is_moe=is_moe, remat="none").held
+        sizes.append(sum(tensor.size * count for tensor, count in held.items()) / (rows * seq_len))
     wide, narrow = sizes
     return f"remat none: {wide:,.0f} bytes a token in bf16, {narrow:,.0f} in FP8, {wide / narrow:.2f} times less"
 
@@ -202,7 +169,7 @@ def everything(cfg: ModelConfig, *, rows: int, seq_len: int, is_moe: bool) -> st
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for a user error."""
     parser = argparse.ArgumentParser(
-        prog="python -m dsv3_jax.planning.memory", description="What a layer keeps for its backward pass."
+        prog="python -m dsv3_jax.planning.memory", description="What a layer saves for its backward pass."
     )
     add_config_arguments(parser)
     parser.add_argument("--rows", type=int, default=1, help="sequences (default 1)")
@@ -226,14 +193,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.compile and model.num_moe_layers:
             print(f"XLA's temporary memory on {jax.default_backend()} for each further MoE layer, compiled:")
             for functions in map(functions_for, COMPARED):
-                kept = sum(tensor.size for tensor in kept_tensors(model, functions, **shape, is_moe=True))
-                print(
-                    f"{functions.name}: {allocated_a_layer(model, functions, **shape):,} bytes, {kept:,} by the table"
-                )
+                named = traced(model, functions, **shape, is_moe=True).size_of()
+                allocated = allocated_a_layer(model, functions, **shape)
+                print(f"{functions.name}: {allocated:,} bytes, {named:,} by the table")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _named(jaxpr: Jaxpr) -> Iterator[tuple[str, Tensor]]:
+    """What `checkpoint_name` names in a program, and in the programs that it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "name":
+            yield equation.params["name"], _tensor(equation.outvars[0].aval)
+        for inner in equation.params.values():
+            if isinstance(inner, (ClosedJaxpr, Jaxpr)):
+                yield from _named(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+
+
+def _tensor(leaf: Any) -> Tensor:
+    return Tensor(leaf.shape, str(leaf.dtype))
 
 
 def _is_spec(leaf: Any) -> bool:
