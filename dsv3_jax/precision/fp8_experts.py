@@ -7,10 +7,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv3_jax.precision.gradient_tiles import Tile, gradient_columns, gradient_rows, transposed_gradient
-from dsv3_jax.precision.plain_linear import swiglu
 from dsv3_jax.precision.residuals import from_bytes, named, to_bytes
 from dsv3_jax.precision.wire import pack, unpack
 from dsv3_jax.typing import Array, Float, Int
@@ -24,6 +22,8 @@ from dsv3_kernels import (
     swiglu_cast,
 )
 from dsv3_kernels.quantize import dequantize_tiles
+from dsv3_kernels.routed_experts.reference import swiglu
+from dsv3_kernels.routed_experts.rows import no_gradient
 from dsv3_kernels.varying import varying_alike
 
 BLOCK_ROWS = 128
@@ -91,8 +91,7 @@ def _expert_ffn_backward(gradient_tile, residuals, d_out):
         num_groups=down.shape[0],
     )
     d_gate_up = d_gate_up.reshape(gate_up.shape).astype(gate_up.dtype)
-    no_gradient = np.zeros(block_expert.shape, jax.dtypes.float0)
-    return d_x, d_gate_up, d_down.astype(down.dtype), d_weights, no_gradient
+    return d_x, d_gate_up, d_down.astype(down.dtype), d_weights, no_gradient(block_expert)
 
 
 _expert_ffn.defvjp(_expert_ffn_forward, _expert_ffn_backward)

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from dsv3_jax.precision import e5m6
 from dsv3_jax.precision.gradient_tiles import Tile, gradient_columns, gradient_rows
-from dsv3_jax.precision.plain_linear import swiglu
 from dsv3_jax.precision.residuals import from_bytes, named, to_bytes
 from dsv3_jax.typing import Array, DType, Float
 from dsv3_kernels import QTensor, cast_blocks, cast_tokens, fp8_gemm, requantize_transposed, swiglu_cast
 from dsv3_kernels.quantize import dequantize_tiles
+from dsv3_kernels.routed_experts.reference import swiglu
 from dsv3_kernels.varying import varying_alike
 
 

@@ -6,20 +6,19 @@ of a feature without rounding twice (report section 3.3.3).
 
 `gather_payload` and `sum_payload_rows` are both ends for the experts of this device. An exchange between devices puts
 its collectives where these gather bytes (`gather`) and sum rows; what lies between them never learns of it.
-A `plan` says where rows go: `token_of` [M], the token of a row, N or more where it is padding; `slot_of` [N, K], the
-rows of a token, M or more where it has none.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv3_jax.precision.gradient_tiles import Tile, gradient_rows
 from dsv3_jax.typing import Array, DType, Float, Int, UInt
 from dsv3_kernels.quantize import E4M3, QTensor, dequantize_tiles, quantize_tiles
+from dsv3_kernels.routed_experts.plan import BlockPlan
+from dsv3_kernels.routed_experts.rows import no_gradient, sum_rows
 from dsv3_kernels.varying import varying_alike
 
 TILE = (1, 128)
@@ -32,7 +31,7 @@ class Payload(NamedTuple):
     exponents: UInt[Array, "N Y"]
 
 
-def gather_payload(x: Float[Array, "N D"], plan: Any) -> Float[Array, "M D"]:
+def gather_payload(x: Float[Array, "N D"], plan: BlockPlan) -> Float[Array, "M D"]:
     """Rows of their tokens, each token quantised once however many experts it goes to; zeros where a row is padding.
 
     In the dtype of x, which should be the compute dtype: elements of a payload are exact in bfloat16. The gradient of
@@ -41,7 +40,7 @@ def gather_payload(x: Float[Array, "N D"], plan: Any) -> Float[Array, "M D"]:
     return _gather_payload(*varying_alike(x, plan))
 
 
-def sum_payload_rows(rows: Float[Array, "M D"], plan: Any, *, gradient_tile: Tile = TILE) -> Float[Array, "N D"]:
+def sum_payload_rows(rows: Float[Array, "M D"], plan: BlockPlan, *, gradient_tile: Tile = TILE) -> Float[Array, "N D"]:
     """Σ_k rows[slot_of[n, k]] in float32, in the dtype of `rows`: tokens come home as they are.
 
     Their gradient travels as tokens do: quantised once, in tiles of `gradient_tile`, and gathered as bytes.
@@ -89,7 +88,7 @@ def _gather_payload_forward(x, plan):
 
 
 def _gather_payload_backward(plan, d_rows):
-    return _sum_rows(d_rows, plan), _no_gradient(plan)
+    return sum_rows(d_rows, plan), no_gradient(plan)
 
 
 _gather_payload.defvjp(_gather_payload_forward, _gather_payload_backward)
@@ -97,26 +96,16 @@ _gather_payload.defvjp(_gather_payload_forward, _gather_payload_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sum_payload_rows(rows, plan, gradient_tile):
-    return _sum_rows(rows, plan)
+    return sum_rows(rows, plan)
 
 
 def _sum_payload_rows_forward(rows, plan, gradient_tile):
-    return _sum_rows(rows, plan), plan
+    return sum_rows(rows, plan), plan
 
 
 def _sum_payload_rows_backward(gradient_tile, plan, d_out):
     payload = pack(gradient_rows(d_out, tile=gradient_tile, scale="ue8m0"))
-    return from_payload(gather(payload, plan.token_of), dtype=d_out.dtype), _no_gradient(plan)
+    return from_payload(gather(payload, plan.token_of), dtype=d_out.dtype), no_gradient(plan)
 
 
 _sum_payload_rows.defvjp(_sum_payload_rows_forward, _sum_payload_rows_backward)
-
-
-def _sum_rows(rows: Float[Array, "M D"], plan: Any) -> Float[Array, "N D"]:
-    picked = [rows.at[slot_N].get(mode="fill", fill_value=0).astype(jnp.float32) for slot_N in plan.slot_of.T]
-    return functools.reduce(jnp.add, picked).astype(rows.dtype)
-
-
-def _no_gradient(plan: Any) -> Any:
-    """What a `jax.custom_vjp` returns for a plan, which is of integers."""
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), plan)

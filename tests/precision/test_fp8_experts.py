@@ -9,9 +9,8 @@ import pytest
 
 from dsv3_jax.precision.fp8_experts import BLOCK_ROWS, expert_ffn
 from dsv3_jax.precision.wire import gather, gather_payload, to_payload, unpack
-from dsv3_kernels import cast_blocks, grouped_fp8_gemm, swiglu_cast
-from dsv3_kernels.routed_experts.plan import plan_blocks
-from tests.precision.fp8_routed import routed, weight_of_row
+from dsv3_kernels import cast_blocks, grouped_fp8_gemm, plan_blocks, row_weights, swiglu_cast
+from tests.precision.fp8_routed import routed
 
 
 def case(N: int, D: int, F: int, E: int, K: int, *, unused: int = 0):
@@ -76,7 +75,7 @@ def test_rows_are_those_of_products_that_take_the_bytes_of_tokens_as_they_were_s
 
     @jax.jit
     def ours(x, gate_up, down, weights):
-        return expert_ffn(gather_payload(x, plan), gate_up, down, weight_of_row(weights, plan), plan.block_expert)
+        return expert_ffn(gather_payload(x, plan), gate_up, down, row_weights(weights, plan), plan.block_expert)
 
     @jax.jit
     def of_bytes(x, gate_up, down, weights):
@@ -84,7 +83,7 @@ def test_rows_are_those_of_products_that_take_the_bytes_of_tokens_as_they_were_s
         joined = cast_blocks(jnp.swapaxes(gate_up.reshape(8, 160, -1), 1, 2))
         hidden = swiglu_cast(grouped_fp8_gemm(sent, joined, plan.block_expert))
         rows = grouped_fp8_gemm(hidden, cast_blocks(jnp.swapaxes(down, 1, 2)), plan.block_expert)
-        return rows * weight_of_row(weights, plan).astype(jnp.bfloat16)[:, None]
+        return rows * row_weights(weights, plan).astype(jnp.bfloat16)[:, None]
 
     rows = ours(x, gate_up, down, weights)
     np.testing.assert_array_equal(rows, of_bytes(x, gate_up, down, weights))

@@ -1,7 +1,5 @@
 """What is sent of a token: bytes, and back."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +16,15 @@ from dsv3_jax.precision.wire import (
     to_payload,
     unpack,
 )
-from dsv3_kernels import cast_tokens, dequantize_tiles, quantize_tiles, requantize_transposed
+from dsv3_kernels import BlockPlan, cast_tokens, dequantize_tiles, quantize_tiles, requantize_transposed
 
-
-class Plan(NamedTuple):
-    """Of five tokens with two choices among eight rows: rows 3 and 6 are padding, token 1 has one row, token 4 none."""
-
-    token_of: jnp.ndarray = jnp.array([2, 0, 3, 5, 1, 2, 5, 0], jnp.int32)
-    slot_of: jnp.ndarray = jnp.array([[7, 1], [4, 8], [0, 5], [8, 2], [8, 8]], jnp.int32)
+PLAN = BlockPlan(
+    slot_of=jnp.array([[7, 1], [4, 8], [0, 5], [8, 2], [8, 8]], jnp.int32),
+    token_of=jnp.array([2, 0, 3, 5, 1, 2, 5, 0], jnp.int32),
+    pair_of=jnp.array([4, 1, 7, 10, 2, 5, 10, 0], jnp.int32),
+    block_expert=jnp.array([0, 1], jnp.int32),
+)
+"""Of five tokens with two choices among eight rows: rows 3 and 6 are padding, token 1 has one row, token 4 none."""
 
 
 def tokens(num: int, dim: int) -> jnp.ndarray:
@@ -60,9 +59,9 @@ def test_where_the_bytes_were_exchanged_changes_no_row():
     x = tokens(5, 200).astype(jnp.bfloat16)
     here, there = to_payload(x[:2]), to_payload(x[2:])
     arrived = Payload(*(jnp.concatenate(parts) for parts in zip(here, there, strict=True)))
-    rows = jax.jit(gather_payload)(x, Plan())
+    rows = jax.jit(gather_payload)(x, PLAN)
     assert rows.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(from_payload(gather(arrived, Plan().token_of), dtype=jnp.bfloat16), rows)
+    np.testing.assert_array_equal(from_payload(gather(arrived, PLAN.token_of), dtype=jnp.bfloat16), rows)
     np.testing.assert_array_equal(rows[4], from_payload(to_payload(x))[1])  # bfloat16 holds what was sent
     assert not np.asarray(rows[jnp.array([3, 6])], np.float32).any()
 
@@ -72,13 +71,13 @@ def test_gradients_go_the_other_way_as_bytes_and_sums():
     x, d_rows = tokens(5, 200).astype(jnp.bfloat16), tokens(8, 200).astype(jnp.bfloat16)
     wide = np.asarray(d_rows, np.float32)
     sums = np.stack([wide[7] + wide[1], wide[4], wide[0] + wide[5], wide[2], 0 * wide[0]]).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(sum_payload_rows(d_rows, Plan()), sums)
-    np.testing.assert_array_equal(jax.vjp(lambda x: gather_payload(x, Plan()), x)[1](d_rows)[0], sums)
+    np.testing.assert_array_equal(sum_payload_rows(d_rows, PLAN), sums)
+    np.testing.assert_array_equal(jax.vjp(lambda x: gather_payload(x, PLAN), x)[1](d_rows)[0], sums)
 
     d_out = x * jnp.bfloat16(1e-7)  # below the floor of the quantiser, but for which gradients are lifted
     sent = dequantize_tiles(gradient_rows(d_out, tile=(1, 128), scale="ue8m0"), tile=(1, 128))
-    given = np.concatenate([sent, np.zeros((1, 200), np.float32)])[Plan().token_of]
-    np.testing.assert_array_equal(jax.vjp(lambda rows: sum_payload_rows(rows, Plan()), d_rows)[1](d_out)[0], given)
+    given = np.concatenate([sent, np.zeros((1, 200), np.float32)])[PLAN.token_of]
+    np.testing.assert_array_equal(jax.vjp(lambda rows: sum_payload_rows(rows, PLAN), d_rows)[1](d_out)[0], given)
 
 
 @pytest.mark.parametrize("tile", [(1, 128), (128, 128)])

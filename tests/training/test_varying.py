@@ -32,7 +32,7 @@ def batch_of(vocab_size: int, *, rows: int, seq_len: int, mtp_depth: int) -> Bat
     [
         ("float32", 1e-5),
         # A device rounds its part of the gradient of a weight to bfloat16.
-        ("mixed", 1e-2),
+        pytest.param("mixed", 1e-2, marks=pytest.mark.slow),
         pytest.param("bfloat16", 1e-2, marks=pytest.mark.slow),
         # The operands of such a gradient share scales among 128 tokens, which are others on two devices than on one.
         pytest.param("fp8_dsv3", 5e-2, marks=pytest.mark.slow),
