@@ -55,4 +55,4 @@ def get_config() -> RunConfig:
         remat="none",
         loss_chunk_size=64,
     )
-    return RunConfig(name="tiny", model=model, data=DataConfig(shuffle_rows=2048), train=train)
+    return RunConfig(name="tiny", model=model, data=DataConfig(), train=train)

@@ -22,9 +22,8 @@ class DataConfig:
     Order. `fim_rate`: share of documents rearranged for fill-in-the-middle (report section 4.1: 0.1).
     `token_split_rate`: share of the tokens joining a mark with a line break that are split in two (same section,
     which does not state the share).
-    `document_mask`: False joins documents and cuts them into rows, labels running over the joints (the report's
-    pre-training); True separates documents of one row by segment ids (its fine-tuning).
-    `shuffle_rows`: window, in rows, over which rows are shuffled after packing; 1 = off.
+    `document_mask`: False lets attention cross the documents of a row (the report's pre-training); True keeps them
+    apart by segment ids (its fine-tuning). Labels never cross.
 
     Reading. `cache_dir`: folder of the tokenised shards, to share them between runs; None: `RUN_DIR/data`.
     `prefetch_batches`: batches made ahead by a thread; 0 = off.
@@ -40,7 +39,6 @@ class DataConfig:
     fim_rate: float = 0.1
     token_split_rate: float = 0.1
     document_mask: bool = False
-    shuffle_rows: int = 1024
     cache_dir: str | None = None
     prefetch_batches: int = 8
     heldout_overlap: float = 0.5
@@ -73,8 +71,10 @@ class DataConfig:
             0.0 <= self.heldout_overlap < 1.0,
             f"heldout_overlap={self.heldout_overlap} must lie in 0 <= x < 1; 0.5 is half a window (DataConfig).",
         )
-        for name in ("tokenizer_sample_bytes", "shuffle_rows"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1 (DataConfig.{name}).")
+        check(
+            self.tokenizer_sample_bytes >= 1,
+            f"tokenizer_sample_bytes={self.tokenizer_sample_bytes} must be at least 1 (DataConfig).",
+        )
         check(
             self.prefetch_batches >= 0,
             f"prefetch_batches={self.prefetch_batches} is negative; use 0 for none (DataConfig.prefetch_batches).",

@@ -12,7 +12,10 @@ from dsv3_jax.config.check import ConfigError, check
 from dsv3_jax.config.load import group_of, hints_of, to_dict
 from dsv3_jax.config.run import RunConfig
 
-RETIRED: Mapping[str, Any] = {}
+ANY = object()
+"""In `RETIRED`: whatever the value was, it decides nothing now."""
+
+RETIRED: Mapping[str, Any] = {"data.shuffle_rows": ANY}
 """Fields that exist no more, by path, and the value of each that stands for what is done now."""
 
 
@@ -38,7 +41,7 @@ def _complete(tree: Any, cls: Any, prefix: str, where: str, retired: Mapping[str
         key = prefix + field
         if key in retired:
             check(
-                value == retired[key],
+                retired[key] is ANY or value == retired[key],
                 f"{where}: {key}={value!r} was written by another version of dsv3_jax; this one has no such field and "
                 f"does what {retired[key]!r} meant: use that version.",
             )

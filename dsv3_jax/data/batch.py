@@ -31,11 +31,12 @@ def make_batch(
     positions: Int[np.ndarray, "B T_plus_1"] | None = None,
     *,
     mtp_depth: int = 0,
+    document_mask: bool = True,
 ) -> Batch:
     """Inputs, and the labels of every depth, from rows of one token more.
 
-    Without `segment_ids` (the report's pre-training) a row is one document and no masks reach the model; with them
-    `positions` are 0..T-1 unless they are given.
+    Labels stay within their segment. `document_mask=False` (the report's pre-training): no masks reach the model,
+    attention crosses documents. Without `segment_ids` a row is one document. `positions` are 0..T-1 by default.
     """
     B, T = tokens.shape[0], tokens.shape[1] - 1
     labels = np.zeros((mtp_depth + 1, B, T), np.int32)
@@ -44,7 +45,7 @@ def make_batch(
         labels[k, :, : T - k] = tokens[:, 1 + k :]
         weights[k, :, : T - k] = 1 if segment_ids is None else _is_followed(segment_ids, 1 + k)
     inputs = tokens[:, :-1].astype(np.int32)
-    if segment_ids is None:
+    if segment_ids is None or not document_mask:
         return Batch(inputs, labels, weights)
     if positions is None:
         positions = np.broadcast_to(np.arange(T + 1), (B, T + 1))

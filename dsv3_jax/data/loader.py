@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
-from dsv3_jax.data import fim, pack
+from dsv3_jax.data import pack
 from dsv3_jax.data.batch import Batch, make_batch
-from dsv3_jax.data.rows import JoinedRows
+from dsv3_jax.data.pieces import Documents, shuffled_pieces
+from dsv3_jax.data.rows import FullRows
 from dsv3_jax.data.shards import Shards
-from dsv3_jax.data.token_split import split_at_line_breaks
 from dsv3_jax.data.tokenizer import TextTokenizer
 
 _NUM_BINS = 16
@@ -33,35 +33,30 @@ def make_train_iterator(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches of `batch_size` rows with labels of every depth, reshuffled every epoch.
+    """Endless batches of `batch_size` rows with labels of every depth; each epoch has its own order of all rows.
 
     `get_state()` is small JSON; `set_state` of it, in a fresh iterator made with the same arguments, continues with
-    the next batch, bit for bit. What happens to a document depends on (seed, document, epoch) only. Process i of
-    n reads every n-th document of each epoch's order; `batch_size` is this process's. Call `close()` at the end.
+    the very next batch, bit for bit. Every process makes the same rows and takes its own, the i-th `batch_size` of
+    every `process_count` times as many: neither rows nor state depend on the number of processes. Call `close()` at
+    the end.
 
     Raises:
-        UserError: fewer documents than processes, or marks for fill-in-the-middle are missing.
+        UserError: marks for fill-in-the-middle are missing.
     """
-    if len(shards) < process_count:
-        raise UserError(
-            f"{len(shards)} training documents cannot feed {process_count} processes; use more, smaller documents."
-        )
     if cfg.fim_rate > 0 and tokenizer.fim is None:
         raise UserError("the tokenizer lacks the marks of fill-in-the-middle; set data.fim_rate=0.")
-    seeds = [int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(4)]
-    arrange = functools.partial(
-        _arrange, tokenizer=tokenizer, fim_rate=cfg.fim_rate, token_split_rate=cfg.token_split_rate
+    arranging, shuffling, packing = (int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(3))
+    documents = Documents(
+        shards, tokenizer, fim_rate=cfg.fim_rate, token_split_rate=cfg.token_split_rate, seed=arranging
     )
-    documents = grain.MapDataset.source(shards).random_map(arrange, seed=seeds[0]).shuffle(seed=seeds[1])
-    documents = documents.slice(slice(process_index, None, process_count)).repeat(None)
-    stream = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    pieces = shuffled_pieces(documents, seq_len=seq_len, seed=shuffling)
     if cfg.document_mask:
-        rows = _separate_rows(stream, seq_len=seq_len, pad_id=tokenizer.pad_id, seed=seeds[3])
+        rows = _separate_rows(pieces, seq_len=seq_len, pad_id=tokenizer.pad_id, seed=packing)
     else:
-        rows = JoinedRows(stream, seq_len=seq_len)
-    if cfg.shuffle_rows > 1:
-        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=cfg.shuffle_rows, seed=seeds[2])
-    batches = rows.batch(batch_size, drop_remainder=True).map(functools.partial(_finish, mtp_depth=mtp_depth))
+        rows = FullRows(pieces, seq_len=seq_len)
+    mine = slice(process_index * batch_size, (process_index + 1) * batch_size)
+    finish = functools.partial(_finish, mine=mine, mtp_depth=mtp_depth, document_mask=cfg.document_mask)
+    batches = rows.batch(batch_size * process_count, drop_remainder=True).map(finish)
     batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=cfg.prefetch_batches)
     return iter(batches)
 
@@ -106,38 +101,23 @@ def num_heldout_batches(
     return -(-len(_places(tokenizer, shards, seq_len, overlap)) // batch_size)
 
 
-def _arrange(
-    tokens: Integer[np.ndarray, "_"],
-    rng: np.random.Generator,
-    *,
-    tokenizer: TextTokenizer,
-    fim_rate: float,
-    token_split_rate: float,
-) -> np.ndarray:
-    ids = tokens.astype(np.int32)
-    if rng.random() < fim_rate and tokenizer.fim is not None:
-        parts = fim.split(tokenizer.decode(ids), rng)
-        ids = fim.assemble(*(tokenizer.encode(part) for part in parts), ids=tokenizer.fim)
-    if token_split_rate > 0:
-        ids = split_at_line_breaks(ids, tokenizer.line_break_halves, rate=token_split_rate, rng=rng)
-    return pack.as_document(ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
-
-
 class _Cut(grain.experimental.FlatMapTransform):
-    """Documents longer than a row become several pieces."""
+    """The last piece of a document may be longer than a row, or have no label."""
 
     def __init__(self, seq_len: int):
         self.seq_len = seq_len
         self.max_fan_out = 2**31
 
-    def flat_map(self, element: np.ndarray) -> list[dict[str, np.ndarray]]:
-        return [{"tokens": piece} for piece in pack.cut_document(element, self.seq_len)]
+    def flat_map(self, element: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        tokens = element["tokens"]
+        starts = range(0, len(tokens) - 1, self.seq_len)
+        return [{"tokens": tokens[start : start + self.seq_len + 1]} for start in starts]
 
 
-def _separate_rows(stream: grain.IterDataset, *, seq_len: int, pad_id: int, seed: int) -> grain.IterDataset:
-    pieces = grain.experimental.FlatMapIterDataset(stream, _Cut(seq_len))
+def _separate_rows(pieces: grain.MapDataset, *, seq_len: int, pad_id: int, seed: int) -> grain.IterDataset:
+    stream = pieces.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     return grain.experimental.FirstFitPackIterDataset(
-        pieces,
+        grain.experimental.FlatMapIterDataset(stream, _Cut(seq_len)),
         length_struct={"tokens": seq_len + 1},
         padding_struct={"tokens": pad_id},
         num_packing_bins=_NUM_BINS,
@@ -145,9 +125,10 @@ def _separate_rows(stream: grain.IterDataset, *, seq_len: int, pad_id: int, seed
     )
 
 
-def _finish(rows: dict[str, np.ndarray], *, mtp_depth: int) -> Batch:
-    masks = (rows.get("tokens_segment_ids"), rows.get("tokens_positions"))
-    return make_batch(rows["tokens"], *masks, mtp_depth=mtp_depth)
+def _finish(rows: dict[str, np.ndarray], *, mine: slice, mtp_depth: int, document_mask: bool) -> Batch:
+    tokens, segment_ids = rows["tokens"][mine], rows["tokens_segment_ids"][mine]
+    positions = rows["tokens_positions"][mine] if document_mask else None
+    return make_batch(tokens, segment_ids, positions, mtp_depth=mtp_depth, document_mask=document_mask)
 
 
 def _places(tokenizer: TextTokenizer, shards: Shards, seq_len: int, overlap: float) -> list[tuple[int, int, int, int]]:

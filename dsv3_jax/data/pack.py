@@ -1,7 +1,5 @@
 """Packing: documents of any length into rows of one length."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Int
 
@@ -15,20 +13,13 @@ def as_document(tokens: Int[np.ndarray, "N"], *, bos_id: int | None, eos_id: int
     return np.concatenate([begin, tokens, end]).astype(np.int32)
 
 
-def join_and_cut(documents: Sequence[Int[np.ndarray, "_"]], seq_len: int) -> Int[np.ndarray, "B T_plus_1"]:
-    """Joins documents into one stream and cuts it into rows of `seq_len` + 1 tokens (the report's pre-training).
+def piece(document: Int[np.ndarray, "N"], number: int, *, num_pieces: int, seq_len: int) -> Int[np.ndarray, "_"]:
+    """Piece `number` of a document in rows of `seq_len` + 1 tokens that overlap by one; the last is all that is left.
 
-    The last token of a row is the first of the next, so every token but the first of all is a label exactly once.
-    A tail shorter than a row is left out. The plain twin of `rows.JoinedRows`, which streams.
+    So each label is in one piece, wherever the document was longer or shorter than its `num_pieces` suppose.
     """
-    stream = np.concatenate(documents).astype(np.int32)
-    num_rows = max(0, (len(stream) - 1) // seq_len)
-    return stream[np.arange(num_rows)[:, None] * seq_len + np.arange(seq_len + 1)[None, :]]
-
-
-def cut_document(tokens: Int[np.ndarray, "N"], seq_len: int) -> list[Int[np.ndarray, "_"]]:
-    """Cuts one document into pieces of at most `seq_len` + 1 tokens that overlap by one, so no label is lost."""
-    return [tokens[start : start + seq_len + 1] for start in range(0, max(1, len(tokens) - 1), seq_len)]
+    start = number * seq_len
+    return document[start:] if number == num_pieces - 1 else document[start : start + seq_len + 1]
 
 
 def heldout_windows(num_tokens: int, seq_len: int, overlap: float) -> list[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Integer, UInt64
+from jaxtyping import Int, Integer, UInt64
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.paths import shown
@@ -93,6 +93,10 @@ class Shards:
     def num_items(self) -> int:
         """Items of all records together."""
         return sum(len(one) for one in self.files)
+
+    def lengths(self) -> Int[np.ndarray, "N"]:
+        """Items of each record."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(one.astype(np.int64)) for one in self.offsets)])
 
     def digest(self) -> str:
         """SHA-256 of all records, made from the hashes of the files, which are not read."""

@@ -187,18 +187,25 @@ def _restored(
         abstract = abstract_state(cfg)
         shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract.params) if has_average else None
         state, average = load(found, abstract, shapes)
-        progress = _continued(batches, found)
+        progress = _continued(batches, found, say)
         say(f"resuming after step {progress.step} ({progress.tokens:,} tokens).")
     num_updates = progress.step // cfg.train.ema_every
     ema = HostEMA(average, decay=cfg.train.ema_decay, num_updates=num_updates) if has_average else None
     return Run(cfg, functions, run_dir, data, batches, checkpoints, progress, state, ema, batches.get_state())
 
 
-def _continued(batches: grain.DatasetIterator, found: Checkpoint) -> Progress:
+def _continued(batches: grain.DatasetIterator, found: Checkpoint, say: Callable[[str], None]) -> Progress:
     """Puts the data where it was; how far the run was."""
-    tokens = found.host.get("tokens")
+    tokens: Any = found.host.get("tokens")
+    state: Any = found.host.get("data")
     try:
-        batches.set_state(found.host["data"])
+        if isinstance(state, dict) and state.keys() != batches.get_state().keys():
+            say(
+                f"checkpoint {found.path.name} was written by a version that ordered the data otherwise: "
+                "the run goes on with the first epoch of this version's order."
+            )
+        else:
+            batches.set_state(state)
     except Exception as error:  # Grain does not say what it raises on a state that is none
         raise CheckpointError(f"{found.path / HOST} does not say where the data was ({error!r}).") from error
     if type(tokens) is not int or tokens < 0:

@@ -62,3 +62,4 @@ def test_what_nothing_stands_for_is_refused_by_name(tree: dict, change: dict, me
 def test_a_retired_field_with_the_value_of_today_is_dropped(tree: dict):
     older = {**tree, "model": {**tree["model"], "old": 1}}
     assert complete(older, where="x", retired={"model.old": 1}) == tree
+    assert complete({**tree, "data": {**tree["data"], "shuffle_rows": 2048}}, where="x") == tree

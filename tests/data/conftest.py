@@ -37,7 +37,7 @@ def folder_of_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cfg(folder_of_text: Path) -> DataConfig:
-    return DataConfig(paths=(str(folder_of_text),), heldout_fraction=0.2, shuffle_rows=32, fim_rate=0.5)
+    return DataConfig(paths=(str(folder_of_text),), heldout_fraction=0.2, fim_rate=0.5)
 
 
 @pytest.fixture(scope="session")

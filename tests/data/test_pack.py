@@ -5,29 +5,14 @@ from hypothesis import strategies as st
 
 from dsv3_jax.data import pack
 
-DOCUMENTS = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(
-    lambda sizes: [np.arange(100 * i, 100 * i + size, dtype=np.int32) for i, size in enumerate(sizes)]
-)
-
 
 @settings(deadline=None, max_examples=60)
-@given(DOCUMENTS, st.integers(1, 20))
-def test_join_and_cut_keeps_every_token_in_order_and_each_is_a_label_once(documents, seq_len):
-    rows = pack.join_and_cut(documents, seq_len)
-    stream = np.concatenate(documents)
-    assert rows.shape == ((len(stream) - 1) // seq_len, seq_len + 1)
-    labels = rows[:, 1:].reshape(-1)
-    np.testing.assert_array_equal(labels, stream[1 : 1 + len(labels)])
-    np.testing.assert_array_equal(rows[:, :-1].reshape(-1), stream[: len(labels)])
-    assert len(stream) - 1 - len(labels) < seq_len
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(2, 200), st.integers(1, 50))
-def test_pieces_of_a_document_hold_each_label_once(size, seq_len):
+@given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 6))
+def test_pieces_of_a_document_hold_each_label_once(size, seq_len, num_pieces):
+    """Also where the document is longer or shorter than the number of pieces supposes."""
     document = np.arange(size)
-    pieces = pack.cut_document(document, seq_len)
-    assert max(map(len, pieces)) <= seq_len + 1
+    pieces = [pack.piece(document, n, num_pieces=num_pieces, seq_len=seq_len) for n in range(num_pieces)]
+    assert all(len(piece) <= seq_len + 1 for piece in pieces[:-1])
     np.testing.assert_array_equal(np.concatenate([piece[1:] for piece in pieces]), document[1:])
     np.testing.assert_array_equal(np.concatenate([piece[:-1] for piece in pieces]), document[:-1])
 

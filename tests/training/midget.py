@@ -32,4 +32,4 @@ def get_config() -> RunConfig:
         remat="none",
         loss_chunk_size=8,
     )
-    return RunConfig(name="midget", model=model, data=DataConfig(shuffle_rows=8, prefetch_batches=2), train=train)
+    return RunConfig(name="midget", model=model, data=DataConfig(prefetch_batches=2), train=train)
