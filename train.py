@@ -107,7 +107,7 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
     @contextlib.contextmanager
     def compiling(name: str) -> Iterator[None]:
         read_reports()
-        bar.say(f"compiling {name}, which takes up to a minute the first time …")
+        bar.log(f"compiling {name}, which takes up to a minute the first time …")
         yield
         clock.restart(run.progress)
 
@@ -126,10 +126,10 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
                     read_reports()
                     result = stop.run(evaluate, sum_loss, run.state.variables, heldout_part(run, stop))
                     if result is None:
-                        bar.say(f"step {run.progress.step}: these held-out batches score nothing")
+                        bar.log(f"step {run.progress.step}: these held-out batches score nothing")
                     else:
                         log.write_heldout({**run.progress._asdict(), **result._asdict()})
-                        bar.say(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
+                        bar.log(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
                     clock.pause(run.progress, times_after=final_evaluations(run))
                 if is_due(run.progress, output.checkpoint_every):
                     read_reports()

@@ -71,7 +71,7 @@ def config_of(cfg: RunConfig, data_dir: Path, *, steps: int, rows: int, bias_spe
 
 def loads(cfg: RunConfig, run_dir: Path) -> np.ndarray:
     """Tokens of each expert in each step, int[steps, L, E], for the layers of the main model, from a skewed start."""
-    with StopRequest() as stop, open_run(cfg, run_dir, say=_to_stderr) as run:  # standard output is for the results
+    with StopRequest() as stop, open_run(cfg, run_dir, log=_to_stderr) as run:  # standard output is for the results
         run.state = skewed(run.state, num_favoured=cfg.model.moe.top_k, strength=3.0)
         taken = steps(run, make_step(cfg), stop=stop)
         return np.stack([np.asarray(one.report.terms.load[: cfg.model.num_moe_layers]) for one in taken])

@@ -86,17 +86,17 @@ def source_of(cfg: RunConfig, name: str) -> dict[str, Any]:
     return describe_source(to_dict(cfg), arm=name, jitter=ARMS[name].jitter)
 
 
-def train_arm(cfg: RunConfig, name: str, run_dir: Path, *, say: Callable[[str], None]) -> bool:
+def train_arm(cfg: RunConfig, name: str, run_dir: Path, *, log: Callable[[str], None]) -> bool:
     """Trains one arm to its last step, or until SIGTERM or Ctrl-C; returns whether it got there."""
     arm = ARMS[name]
     with StopRequest() as stop, contextlib.ExitStack() as stack:
-        run = stop.run(stack.enter_context, open_run(cfg, run_dir, functions=arm.functions, say=say))
+        run = stop.run(stack.enter_context, open_run(cfg, run_dir, functions=arm.functions, log=log))
         record(run_dir, source_of(cfg, name), run.data.digest())
         if arm.jitter and run.progress.step == 0:
             run.state = jittered(run.state, arm.jitter)
-        log = stack.enter_context(contextlib.closing(RunLog(run_dir, step=run.progress.step, tensorboard=False)))
+        metrics = stack.enter_context(contextlib.closing(RunLog(run_dir, step=run.progress.step, tensorboard=False)))
         with contextlib.suppress(Stopped):
-            _train(run, log, stop, say)
+            _train(run, metrics, stop, log)
         run.checkpoints.wait()
         if run.progress.step not in (0, *run.checkpoints.steps()):
             run.save()
@@ -104,22 +104,22 @@ def train_arm(cfg: RunConfig, name: str, run_dir: Path, *, say: Callable[[str], 
         return run.progress.tokens >= cfg.train.total_tokens
 
 
-def _train(run: Run, log: RunLog, stop: StopRequest, say: Callable[[str], None]) -> None:
+def _train(run: Run, metrics: RunLog, stop: StopRequest, log: Callable[[str], None]) -> None:
     """Takes every step that is left; raises `Stopped` between two of them."""
     tokens, watch, name = run.progress.tokens, Stopwatch(), f"{run.run_dir.parent.name}/{run.run_dir.name}"
     for progress, report, rates in steps(run, make_step(run.cfg, functions=run.functions), stop=stop):
         float(report.loss)  # waits until the step has run
         row = metrics_row(progress, report, rates, Speed((progress.tokens - tokens) / watch.lap(), float("nan")))
         check(math.isfinite(row["loss"]), f"{name}: the loss of step {row['step']} is {row['loss']}.")
-        log.write(row)
+        metrics.write(row)
         tokens = progress.tokens
         if progress.step % 50 == 0:
-            say(f"{name}: step {row['step']}, loss {row['main_loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s")
+            log(f"{name}: step {row['step']}, loss {row['main_loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s")
         if progress.step % run.cfg.train.output.checkpoint_every == 0:
             run.save()
 
 
-def comparable(out: Path, made: Callable[..., RunConfig], say: Callable[[str], None]) -> dict[str, dict[int, Path]]:
+def comparable(out: Path, made: Callable[..., RunConfig], log: Callable[[str], None]) -> dict[str, dict[int, Path]]:
     """The runs in `out` by arm and seed that this command would have made, on the same data; names the others.
 
     Args:
@@ -136,7 +136,7 @@ def comparable(out: Path, made: Callable[..., RunConfig], say: Callable[[str], N
             if reason is None and data.setdefault("first", read_data(run_dir)) != read_data(run_dir):
                 reason = "it has learned from other data"
             if reason is not None:
-                say(f"{run_dir} is left out: {reason}.")
+                log(f"{run_dir} is left out: {reason}.")
                 continue
             runs[name][seed] = run_dir
     return runs
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=user_path, default=Path("runs/precision"))
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
-    say = partial(print, file=sys.stderr, flush=True)
+    log = partial(print, file=sys.stderr, flush=True)
     keep_freed_memory()
     try:
         check(given.steps > 0, f"--steps {given.steps} must be at least 1.")
@@ -185,19 +185,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 run_dir.mkdir(parents=True, exist_ok=True)
                 (run_dir / "machine.json").write_text(json.dumps(describe(ARMS[name].functions.compute_dtype)))
-                if not train_arm(arm_cfg, name, run_dir, say=say):
-                    say(f"{run_dir}: stopped and saved; the same command continues.")
+                if not train_arm(arm_cfg, name, run_dir, log=log):
+                    log(f"{run_dir}: stopped and saved; the same command continues.")
                     return 0
-        runs = comparable(given.out, made, say)
+        runs = comparable(given.out, made, log)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        say(str(stopped))
+        log(str(stopped))
         return stopped.exit_code
     found = read_losses(runs, steps=given.steps)
     if not found.get(BASE):
-        say(f"nothing to compare with yet: {BASE} must be trained to step {given.steps}.")
+        log(f"nothing to compare with yet: {BASE} must be trained to step {given.steps}.")
         return 0
     rows = summary(found)
     labels = {name: arm.label for name, arm in ARMS.items()}

@@ -216,7 +216,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         return text
     text = text.strip()
     said = f"--set {key}={shown(_short(text))}"
-    wrong = ConfigError(f"{said}: not {_say(hint)}.")
+    wrong = ConfigError(f"{said}: not {_described(hint)}.")
     if _optional(hint):
         if text.lower() in ("none", "null"):
             return None
@@ -289,14 +289,14 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, key + ".")
     if typing.get_origin(hint) is tuple:
-        check(isinstance(value, list | tuple), f"{key}={value!r}: not {_say(hint)}.")
+        check(isinstance(value, list | tuple), f"{key}={value!r}: not {_described(hint)}.")
         return tuple(_convert(item, typing.get_args(hint)[0], key) for item in value)
     if typing.get_origin(hint) is typing.Literal:
-        check(value in typing.get_args(hint), f"{key}={value!r}: not {_say(hint)}.")
+        check(value in typing.get_args(hint), f"{key}={value!r}: not {_described(hint)}.")
         return value
     if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)
-    check(type(value) is hint, f"{key}={value!r}: not {_say(hint)}.")
+    check(type(value) is hint, f"{key}={value!r}: not {_described(hint)}.")
     return value
 
 
@@ -308,13 +308,13 @@ def _inner(hint: Any) -> Any:
     return next(arg for arg in typing.get_args(hint) if arg is not type(None))
 
 
-def _say(hint: Any) -> str:
+def _described(hint: Any) -> str:
     if _optional(hint):
-        return f"{_say(_inner(hint))}, or none"
+        return f"{_described(_inner(hint))}, or none"
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return f"a list, each {_say(typing.get_args(hint)[0])}"
+        return f"a list, each {_described(typing.get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 

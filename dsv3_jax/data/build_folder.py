@@ -55,7 +55,7 @@ def prepare(
     run_dir: str | Path,
     *,
     expected: Mapping[str, str] | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> PreparedData:
     """Opens the data of a run, making it first where it does not exist yet.
 
@@ -66,7 +66,7 @@ def prepare(
 
     Args:
         expected: what `PreparedData.digest` must say, of a run that has learned from it.
-        say: takes lines of progress; by default they are printed.
+        log: takes lines of progress; by default they are printed.
 
     Raises:
         UserError: unreadable sources, nothing on one side of the split, a tokenizer that does not fit the model or
@@ -75,10 +75,10 @@ def prepare(
     run_dir = user_path(run_dir)
     folder = Path(os.path.realpath(user_path(cfg.cache_dir) if cfg.cache_dir else run_dir / "data"))
     try:
-        is_made = not (folder / MANIFEST_NAME).exists() and _make(cfg, model, folder, say)
+        is_made = not (folder / MANIFEST_NAME).exists() and _make(cfg, model, folder, log)
         data = open_prepared(cfg, model, folder)
         if not is_made and (change := source_change(cfg, data)):
-            say(
+            log(
                 f"data: the sources {change}; the run goes on with {shown(folder)} (to learn from them as they are "
                 f"now, use another {'data.cache_dir and ' if cfg.cache_dir else ''}--run-dir)"
             )
@@ -99,27 +99,27 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         cfg = load_config(given.config, given.set)
-        prepare(cfg.data, cfg.model, given.run_dir, say=print)
+        prepare(cfg.data, cfg.model, given.run_dir, log=print)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0
 
 
-def _make(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str], None]) -> bool:
+def _make(cfg: DataConfig, model: ModelConfig, folder: Path, log: Callable[[str], None]) -> bool:
     """Prepares the data unless another process has done so in the meantime; whether it did."""
-    with _locked(folder, say):
+    with _locked(folder, log):
         if (folder / MANIFEST_NAME).exists():
             return False
         if folder.exists() and any(folder.iterdir()):
             raise UserError(
                 f"{shown(folder)} holds something else than prepared data; choose another folder (data.cache_dir)."
             )
-        _build(cfg, model, folder, say)
+        _build(cfg, model, folder, log)
         return True
 
 
-def _build(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str], None]) -> None:
+def _build(cfg: DataConfig, model: ModelConfig, folder: Path, log: Callable[[str], None]) -> None:
     started = time.monotonic()
     listing = corpus.list_files(cfg)
     tally = corpus.Tally()
@@ -130,13 +130,13 @@ def _build(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str
         where = ", ".join(shown(path) for path in cfg.paths) or listing.root
         raise UserError(f"no text in {where} ({left_out}); give other data.paths.")
     rule = split.plan(hashes, cfg.heldout_fraction)
-    _say_tally(listing, tally, say)
+    _log_tally(listing, tally, log)
 
     partial = folder.with_name(f".{folder.name}.partial")
     _remove_unfinished(partial)
     try:
         partial.mkdir(parents=True)
-        tokenizer = _make_tokenizer(cfg, model, listing, rule, num_bytes, say)
+        tokenizer = _make_tokenizer(cfg, model, listing, rule, num_bytes, log)
         (partial / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
         counts = _write_shards(cfg, listing, rule, tokenizer, partial, num_bytes)
         manifest = {
@@ -164,7 +164,7 @@ def _build(cfg: DataConfig, model: ModelConfig, folder: Path, say: Callable[[str
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     train, held = counts["train"], counts["heldout"]
-    say(
+    log(
         f"data: {train['documents']} documents, {train['bytes'] / 1e6:.2f} MB, {train['tokens']} tokens to learn from; "
         f"{held['documents']} documents, {held['bytes'] / 1e6:.2f} MB held out; "
         f"{train['bytes'] / train['tokens']:.2f} bytes a token; ready in {time.monotonic() - started:.1f} s"
@@ -199,7 +199,7 @@ def _make_tokenizer(
     listing: corpus.Listing,
     rule: split.Split,
     num_bytes: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> TextTokenizer:
     if cfg.tokenizer is not None:
         made = tokenizer_module.load(cfg.tokenizer, bos_id=model.bos_id, eos_id=model.eos_id)
@@ -211,7 +211,7 @@ def _make_tokenizer(
             )
         share = min(1.0, cfg.tokenizer_sample_bytes / num_bytes)
         sample = int(share * num_bytes)
-        say(f"data: learning {model.vocab_size} tokens from {sample / 1e6:.1f} MB of text")
+        log(f"data: learning {model.vocab_size} tokens from {sample / 1e6:.1f} MB of text")
         # The low half of the hash: the high half decides what is held out.
         texts = (t for t in _texts(cfg, listing, rule, 0) if (split.content_hash(t) & 0xFFFFFFFF) < share * 2**32)
         with progress("learning tokens", None) as advance:
@@ -278,16 +278,16 @@ def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _say_tally(listing: corpus.Listing, tally: corpus.Tally, say: Callable[[str], None]) -> None:
+def _log_tally(listing: corpus.Listing, tally: corpus.Tally, log: Callable[[str], None]) -> None:
     for why, names in listing.left_out.items():
         more = ", …" if names.count > len(names.examples) else ""
-        say(f"data: left out: {names.count:,} {why}: {', '.join(names.examples)}{more}")
+        log(f"data: left out: {names.count:,} {why}: {', '.join(names.examples)}{more}")
     if tally.num_empty and listing.root is None:
-        say(f"data: left out: {tally.num_empty:,} empty documents")
+        log(f"data: left out: {tally.num_empty:,} empty documents")
     for message in tally.rejected[:10]:
-        say(f"data: left out: {message}")
+        log(f"data: left out: {message}")
     if tally.num_rejected > 10:
-        say(f"data: left out: {tally.num_rejected - 10:,} more files, lines or rows")
+        log(f"data: left out: {tally.num_rejected - 10:,} more files, lines or rows")
 
 
 def _check_expected(data: PreparedData, expected: Mapping[str, str]) -> None:
@@ -320,14 +320,14 @@ def _remove_unfinished(partial: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Lets one process in at a time; the lock goes with the process, however it ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"data: waiting for another process that prepares {shown(folder)}")
+            log(f"data: waiting for another process that prepares {shown(folder)}")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

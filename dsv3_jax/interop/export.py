@@ -38,7 +38,7 @@ def export(
     use_average: bool = False,
     overwrite: bool = False,
     with_mtp: bool = True,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     stop: StopRequest | None = None,
 ) -> ModelConfig:
     """Writes a model as an official folder; returns its configuration, as `load_pretrained` will read it.
@@ -47,7 +47,7 @@ def export(
         source: a run dir, whose newest whole checkpoint is taken with its tokenizer.json; or an official folder, whose
             tokenizer, chat templates and generation_config.json go along as they are.
         use_average: of a run, the moving average of the parameters instead of the last.
-        say: receives one line for whatever the user should know.
+        log: receives one line for whatever the user should know.
         stop: what ends the export between two pieces of a tensor; then nothing of it is left.
     The others are those of `save_pretrained`.
     Raises: `UserError` when `source` holds no whole checkpoint (or no average), or would be deleted; and whatever
@@ -67,16 +67,16 @@ def export(
         cfg, variables = call(load_pretrained, source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
         tokenizer = source
     else:
-        config, variables = call(load_variables, source, use_average=use_average, say=say)
+        config, variables = call(load_variables, source, use_average=use_average, log=log)
         cfg = from_dict(config["model"], ModelConfig)
         tokenizer = source / "tokenizer.json" if (source / "tokenizer.json").is_file() else None
         if tokenizer is None:
-            say(f"{source}: has no tokenizer.json; the export goes without a tokenizer.")
+            log(f"{source}: has no tokenizer.json; the export goes without a tokenizer.")
     if with_mtp and cfg.mtp_depth:
-        say("the export holds MTP modules, which transformers lists as unexpected and leaves out (--no-mtp does, too).")
+        log("the export holds MTP modules, which transformers lists as unexpected and leaves out (--no-mtp does, too).")
     ragged = ragged_tensor(cfg) if dtype == "float8_e4m3fn" else None
     if ragged is not None:
-        say(
+        log(
             f"{ragged.key} {list(ragged.shape)} does not divide into blocks of 128: transformers without a GPU refuses "
             "such FP8 folders or scales them wrongly (its fault); load_pretrained reads them, vLLM may refuse them."
         )

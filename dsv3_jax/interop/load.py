@@ -23,7 +23,7 @@ from dsv3_jax.typing import Variables
 
 
 def load_pretrained(
-    folder: str | Path, dtype: str = "float32", say: Callable[[str], None] | None = None
+    folder: str | Path, dtype: str = "float32", log: Callable[[str], None] | None = None
 ) -> tuple[ModelConfig, Variables]:
     """Reads an official folder: float32, bfloat16, float16 or FP8 blocks, in one file or many.
 
@@ -38,7 +38,7 @@ def load_pretrained(
     Args:
         folder: config.json, and model.safetensors or model.safetensors.index.json with its shards.
         dtype: "float32" or "bfloat16", of the parameters returned.
-        say: takes that line; by default it goes to stderr.
+        log: takes that line; by default it goes to stderr.
     Returns: (cfg, {"params": ..., "router_state": ...}).
     Raises: `ConfigError` for what `ModelConfig` cannot represent; `CheckpointError` naming file and tensor for a
         missing, truncated or contradictory file, a missing, unexpected or misshapen tensor, one of a type that is not
@@ -50,7 +50,7 @@ def load_pretrained(
     block = fp8_block(config)
     cfg, found, left_out = match(folder, from_hf(config), read_folder(folder), block)
     if left_out:
-        (say or _to_stderr)(f"{folder}: loaded with mtp_depth={cfg.mtp_depth}, without {left_out}")
+        (log or _to_stderr)(f"{folder}: loaded with mtp_depth={cfg.mtp_depth}, without {left_out}")
     specs = flatten(abstract_params(cfg, dtype))
     with progress(f"loading {folder.name}", sum(item.tensor.stop - item.tensor.start for item in found)) as advance:
         try:

@@ -39,7 +39,7 @@ def load(path: str | Path, *, dtype: str = "float32", average: bool = False) -> 
         )
         check(not average, f"{folder}: is an official folder, which has no moving average; give a run dir of train.py.")
         return load_pretrained(folder, dtype)
-    config, variables = load_variables(folder, use_average=average, say=lambda line: print(line, file=sys.stderr))
+    config, variables = load_variables(folder, use_average=average, log=lambda line: print(line, file=sys.stderr))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables["params"])
     router_state = jax.tree.map(jnp.asarray, variables["router_state"])
     return from_dict(config["model"], ModelConfig), {"params": params, "router_state": router_state}

@@ -39,13 +39,13 @@ class Checkpoint(NamedTuple):
 class CheckpointFolder:
     """The checkpoints of one run: `folder/<step>/`. One writer at a time; not for several processes.
 
-    `say` receives one line for whatever the user should know (unfinished or corrupt checkpoints found).
+    `log` receives one line for whatever the user should know (unfinished or corrupt checkpoints found).
     """
 
-    def __init__(self, folder: Path, *, keep: int, say: Callable[[str], None] = print) -> None:
+    def __init__(self, folder: Path, *, keep: int, log: Callable[[str], None] = print) -> None:
         self.folder = folder.absolute()
         self._keep = keep
-        self._say = say
+        self._log = log
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
 
@@ -85,7 +85,7 @@ class CheckpointFolder:
         try:
             self.wait()
         except CheckpointError as error:
-            self._say(str(error))
+            self._log(str(error))
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first, corrupt ones included."""
@@ -96,9 +96,9 @@ class CheckpointFolder:
         for path in files.unfinished(self.folder):
             reason = files.remove(path)
             done = "removed" if reason is None else f"left, as {reason}"
-            self._say(f"checkpoint {path.name} was never finished (the run was stopped while saving): {done}.")
+            self._log(f"checkpoint {path.name} was never finished (the run was stopped while saving): {done}.")
         for path in files.set_aside(self.folder):
-            self._say(f"{path} is a corrupt checkpoint set aside earlier; delete it when you do not need it.")
+            self._log(f"{path} is a corrupt checkpoint set aside earlier; delete it when you do not need it.")
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose every file is whole; None when there is none at all.
@@ -120,7 +120,7 @@ class CheckpointFolder:
                 raise CheckpointError(
                     f"checkpoint {path} is corrupt ({reason}); it cannot be renamed: {error}."
                 ) from error
-            self._say(
+            self._log(
                 f"checkpoint {path.name} is corrupt ({reason}): set aside as {aside.name}, taking the one before."
             )
         if found or files.set_aside(self.folder):
@@ -140,7 +140,7 @@ class CheckpointFolder:
             except CheckpointError as error:
                 reason = str(error)
             if reason is not None:
-                self._say(f"checkpoint {old.name} is left beyond train.output.keep_checkpoints: {reason}.")
+                self._log(f"checkpoint {old.name} is left beyond train.output.keep_checkpoints: {reason}.")
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         good = self.steps()
@@ -170,12 +170,12 @@ def load(checkpoint: Checkpoint, abstract: TrainState, average: Any = None) -> t
 
 
 def load_variables(
-    run_dir: Path, *, use_average: bool = False, say: Callable[[str], None] = print
+    run_dir: Path, *, use_average: bool = False, log: Callable[[str], None] = print
 ) -> tuple[dict, dict]:
     """The newest whole checkpoint of a run as (resolved configuration, variables), for serving and export.
 
     Returns NumPy arrays: `{"params", "router_state"}`; `use_average` takes the moving average of the parameters.
-    Writes nothing. `say` receives one line for a corrupt checkpoint, and one for functions that the run had replaced.
+    Writes nothing. `log` receives one line for a corrupt checkpoint, and one for functions that the run had replaced.
 
     Raises:
         CheckpointError: `run_dir` holds no checkpoint, or none that is whole, or no average, or a tokenizer.json of
@@ -185,13 +185,13 @@ def load_variables(
     for path in reversed(files.finished(run_dir / "checkpoints")):
         reason = files.find_damage(path)
         if reason is not None:
-            say(f"checkpoint {path.name} is corrupt ({reason}): taking the one before.")
+            log(f"checkpoint {path.name} is corrupt ({reason}): taking the one before.")
             continue
-        return _variables(path, run_dir, use_average, say)
+        return _variables(path, run_dir, use_average, log)
     raise CheckpointError(f"{run_dir} holds no whole checkpoint; train with --run-dir {run_dir} first.")
 
 
-def _variables(path: Path, run_dir: Path, use_average: bool, say: Callable[[str], None]) -> tuple[dict, dict]:
+def _variables(path: Path, run_dir: Path, use_average: bool, log: Callable[[str], None]) -> tuple[dict, dict]:
     name = AVERAGE if use_average else "params"
     if not (path / name).is_dir():
         raise CheckpointError(f"checkpoint {path} has no {name}; it was trained with ema_decay=0.")
@@ -200,7 +200,7 @@ def _variables(path: Path, run_dir: Path, use_average: bool, say: Callable[[str]
     _check_tokenizer(run_dir, host.get("digests"))
     if host.get("functions"):
         names = ", ".join(f"{field} by {name}" for field, name in host["functions"].items())
-        say(
+        log(
             f"{run_dir} was trained with functions of its own ({names}); what uses its parameters needs the same ones "
             "(functions=, or serve.py --config)."
         )

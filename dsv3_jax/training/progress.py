@@ -124,10 +124,10 @@ class ProgressBar:
         if self._has_bar or (is_early and tokens < self._total) or percent // 5 == self._last_percent // 5:
             return
         done = f"training {percent:3d} %  step {row['step']}  loss {row['main_loss']:.4f}  {speed:,.0f} tokens/s"
-        self.say(f"{done}  {left}" if tokens < self._total else done)  # the results announce themselves
+        self.log(f"{done}  {left}" if tokens < self._total else done)  # the results announce themselves
         self._last_percent = percent
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line above the bar."""
         self._console.print(text, markup=False, highlight=False)
 

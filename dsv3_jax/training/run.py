@@ -99,7 +99,7 @@ def open_run(
     run_dir: str | Path,
     *,
     functions: Functions | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Iterator[Run]:
     """Everything a run needs, resumed from the newest whole checkpoint in `run_dir` when there is one.
 
@@ -113,14 +113,14 @@ def open_run(
     run_dir, functions = user_path(run_dir).absolute(), functions or functions_for(cfg.precision)
     to_hf(cfg.model, "bfloat16")  # refuses here, not after training, what the export at the end cannot say
     with _locked(run_dir):
-        checkpoints = CheckpointFolder(run_dir / "checkpoints", keep=cfg.train.output.keep_checkpoints, say=say)
+        checkpoints = CheckpointFolder(run_dir / "checkpoints", keep=cfg.train.output.keep_checkpoints, log=log)
         checkpoints.clean()
         found = checkpoints.newest()
         if found is not None:
-            _check_configuration(cfg, run_dir, found, say)
+            _check_configuration(cfg, run_dir, found, log)
             _check_functions(replaced(functions, cfg.precision), run_dir, found)
         _write_config(run_dir, to_dict(cfg))
-        data = prepare(cfg.data, cfg.model, run_dir, expected=_digests(found, say), say=say)
+        data = prepare(cfg.data, cfg.model, run_dir, expected=_digests(found, log), log=log)
         batches = make_train_iterator(
             cfg.data,
             data.tokenizer,
@@ -130,7 +130,7 @@ def open_run(
             mtp_depth=cfg.model.mtp_depth,
             seed=cfg.seed,
         )
-        run = _restored(cfg, functions, run_dir, data, batches, checkpoints, found, say)
+        run = _restored(cfg, functions, run_dir, data, batches, checkpoints, found, log)
         try:
             yield run
         finally:
@@ -177,7 +177,7 @@ def _restored(
     batches: grain.DatasetIterator,
     checkpoints: CheckpointFolder,
     found: Checkpoint | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Run:
     has_average = cfg.train.ema_decay > 0
     if found is None:
@@ -187,20 +187,20 @@ def _restored(
         abstract = abstract_state(cfg)
         shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract.params) if has_average else None
         state, average = load(found, abstract, shapes)
-        progress = _continued(batches, found, say)
-        say(f"resuming after step {progress.step} ({progress.tokens:,} tokens).")
+        progress = _continued(batches, found, log)
+        log(f"resuming after step {progress.step} ({progress.tokens:,} tokens).")
     num_updates = progress.step // cfg.train.ema_every
     ema = HostEMA(average, decay=cfg.train.ema_decay, num_updates=num_updates) if has_average else None
     return Run(cfg, functions, run_dir, data, batches, checkpoints, progress, state, ema, batches.get_state())
 
 
-def _continued(batches: grain.DatasetIterator, found: Checkpoint, say: Callable[[str], None]) -> Progress:
+def _continued(batches: grain.DatasetIterator, found: Checkpoint, log: Callable[[str], None]) -> Progress:
     """Puts the data where it was; how far the run was."""
     tokens: Any = found.host.get("tokens")
     state: Any = found.host.get("data")
     try:
         if isinstance(state, dict) and state.keys() != batches.get_state().keys():
-            say(
+            log(
                 f"checkpoint {found.path.name} was written by a version that ordered the data otherwise: "
                 "the run goes on with the first epoch of this version's order."
             )
@@ -223,14 +223,14 @@ def _is_harmless(change: Difference) -> bool:
     return any(change.key == key or (key.endswith(".") and change.key.startswith(key)) for key in HARMLESS)
 
 
-def _check_configuration(cfg: RunConfig, run_dir: Path, found: Checkpoint, say: Callable[[str], None]) -> None:
+def _check_configuration(cfg: RunConfig, run_dir: Path, found: Checkpoint, log: Callable[[str], None]) -> None:
     """Refuses a configuration that is not the checkpoint's; brings back a config.json that is not."""
     path, source = run_dir / CONFIG_NAME, found.path / HOST
     old = complete(found.host.get("config"), where=str(source))
     reason = _why_not(path, old)
     if reason is not None:
         _write_config(run_dir, old)
-        say(f"{path} {reason}: restored from {source}.")
+        log(f"{path} {reason}: restored from {source}.")
     serious, harmless = differences(old, to_dict(cfg))
     if serious:
         raise UserError(
@@ -239,7 +239,7 @@ def _check_configuration(cfg: RunConfig, run_dir: Path, found: Checkpoint, say: 
             + "\nUse another --run-dir, or give the values on the left to continue this one."
         )
     for change in harmless:
-        say(f"changed since the last checkpoint: {change}")
+        log(f"changed since the last checkpoint: {change}")
 
 
 def _check_functions(now: Mapping[str, str], run_dir: Path, found: Checkpoint) -> None:
@@ -265,13 +265,13 @@ def _why_not(path: Path, old: Mapping[str, Any]) -> str | None:
     return "belongs to another run" if differences(stored, old)[0] else None
 
 
-def _digests(found: Checkpoint | None, say: Callable[[str], None]) -> dict[str, str]:
+def _digests(found: Checkpoint | None, log: Callable[[str], None]) -> dict[str, str]:
     """What the data must be; empty for a new run, and for a checkpoint that does not say."""
     if found is None:
         return {}
     digests = found.host.get("digests")
     if not isinstance(digests, dict):
-        say(f"checkpoint {found.path.name} was written before checkpoints named their data: nothing compares it.")
+        log(f"checkpoint {found.path.name} was written before checkpoints named their data: nothing compares it.")
         return {}
     return digests
 

@@ -42,4 +42,4 @@ def cfg(folder_of_text: Path) -> DataConfig:
 
 @pytest.fixture(scope="session")
 def prepared(cfg: DataConfig, model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    return prepare(cfg, model, tmp_path_factory.mktemp("run"), say=lambda line: None)
+    return prepare(cfg, model, tmp_path_factory.mktemp("run"), log=lambda line: None)

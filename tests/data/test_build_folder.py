@@ -39,11 +39,11 @@ def test_prepared_data_holds_the_corpus_split_by_content(prepared, folder_of_tex
 
 
 def test_prepared_once_it_is_opened_again_unchanged(cfg, model, tmp_path):
-    said, say = _lines()
-    first = prepare(cfg, model, tmp_path, say=say)
+    said, log = _lines()
+    first = prepare(cfg, model, tmp_path, log=log)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")}
     said.clear()
-    second = prepare(cfg, model, tmp_path, say=say)
+    second = prepare(cfg, model, tmp_path, log=log)
     assert said == []
     assert files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npy")}
     assert second.counts == first.counts
@@ -51,7 +51,7 @@ def test_prepared_once_it_is_opened_again_unchanged(cfg, model, tmp_path):
 
 
 def test_the_same_corpus_gives_the_same_files(cfg, model, prepared, tmp_path):
-    again = prepare(cfg, model, tmp_path, say=lambda line: None)
+    again = prepare(cfg, model, tmp_path, log=lambda line: None)
     names = sorted(file.relative_to(again.folder) for file in again.folder.rglob("*") if file.is_file())
     assert names == sorted(file.relative_to(prepared.folder) for file in prepared.folder.rglob("*") if file.is_file())
     for name in names:
@@ -60,7 +60,7 @@ def test_the_same_corpus_gives_the_same_files(cfg, model, prepared, tmp_path):
 
 def test_the_digest_names_what_differs(cfg, model, prepared, small_tokenizer, tmp_path):
     def digest(name, **changes):
-        return prepare(dataclasses.replace(cfg, **changes), model, tmp_path / name, say=lambda line: None).digest()
+        return prepare(dataclasses.replace(cfg, **changes), model, tmp_path / name, log=lambda line: None).digest()
 
     file = tmp_path / "tokenizer.json"
     file.write_text(small_tokenizer.to_json(), encoding="utf-8")
@@ -76,22 +76,22 @@ def test_changed_sources_are_reported_and_not_used(cfg, model, folder_of_text, t
     source = tmp_path / "source"
     shutil.copytree(folder_of_text, source)
     cfg = dataclasses.replace(cfg, paths=(str(source),))
-    said, say = _lines()
-    before = prepare(cfg, model, tmp_path / "run", say=say)
+    said, log = _lines()
+    before = prepare(cfg, model, tmp_path / "run", log=log)
     (source / "00.py").touch()  # another time, the same text
     said.clear()
-    prepare(cfg, model, tmp_path / "run", say=say)
+    prepare(cfg, model, tmp_path / "run", log=log)
     assert said == []
     (source / "00.py").write_text("changed\n")
-    assert prepare(cfg, model, tmp_path / "run", say=say).counts == before.counts
+    assert prepare(cfg, model, tmp_path / "run", log=log).counts == before.counts
     assert "the sources have changed" in said[0]
     shutil.rmtree(source)
-    assert prepare(cfg, model, tmp_path / "run", say=say).counts == before.counts
+    assert prepare(cfg, model, tmp_path / "run", log=log).counts == before.counts
     assert "cannot be read now" in said[1]
 
 
 def test_other_settings_are_refused_by_name(cfg, model, tmp_path):
-    prepare(cfg, model, tmp_path, say=lambda line: None)
+    prepare(cfg, model, tmp_path, log=lambda line: None)
     other = dataclasses.replace(cfg, heldout_fraction=0.3)
     with pytest.raises(UserError, match=r"data.heldout_fraction: 0.2 -> 0.3.*another --run-dir"):
         prepare(other, model, tmp_path)
@@ -102,9 +102,9 @@ def test_other_settings_are_refused_by_name(cfg, model, tmp_path):
 
 def test_a_shared_cache_serves_two_runs(cfg, model, tmp_path):
     shared = dataclasses.replace(cfg, cache_dir=str(tmp_path / "cache"))
-    said, say = _lines()
+    said, log = _lines()
     for run in ("a", "b"):
-        prepare(shared, model, tmp_path / run, say=say)
+        prepare(shared, model, tmp_path / run, log=log)
         assert (tmp_path / run / "tokenizer.json").exists()
         assert not (tmp_path / run / "data").exists()
     assert sum("ready" in line for line in said) == 1
@@ -115,14 +115,14 @@ def test_home_is_known_in_every_setting(cfg, model, folder_of_text, small_tokeni
     (tmp_path / "text").symlink_to(folder_of_text)
     (tmp_path / "tokenizer.json").write_text(small_tokenizer.to_json(), encoding="utf-8")
     at_home = dataclasses.replace(cfg, paths=("~/text",), tokenizer="~/tokenizer.json", cache_dir="~/cache")
-    assert prepare(at_home, model, "~/run", say=lambda line: None).folder == tmp_path / "cache"
+    assert prepare(at_home, model, "~/run", log=lambda line: None).folder == tmp_path / "cache"
     assert {file.name for file in tmp_path.glob("[a-z~]*")} == {"text", "tokenizer.json", "cache", "run"}
 
 
 def test_leftovers_of_a_killed_preparation_are_replaced(cfg, model, prepared, tmp_path):
     (tmp_path / ".data.partial" / "train").mkdir(parents=True)
     (tmp_path / ".data.partial" / "tokenizer.json").write_text("{")
-    found = prepare(cfg, model, tmp_path, say=lambda line: None)
+    found = prepare(cfg, model, tmp_path, log=lambda line: None)
     assert found.counts == prepared.counts
     assert not (tmp_path / ".data.partial").exists()
 
@@ -131,7 +131,7 @@ def test_only_leftovers_of_a_preparation_are_removed(cfg, model, tmp_path):
     (tmp_path / ".data.partial").mkdir()
     (tmp_path / ".data.partial" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"\.data\.partial is not what an unfinished preparation leaves behind"):
-        prepare(cfg, model, tmp_path, say=lambda line: None)
+        prepare(cfg, model, tmp_path, log=lambda line: None)
     assert (tmp_path / ".data.partial" / "thesis.txt").read_text() == "mine"
 
 
@@ -148,7 +148,7 @@ def test_a_given_up_preparation_is_taken_over(cfg, model, prepared, tmp_path, mo
     monkeypatch.setattr(tokenizer, "train", slow)
     results, said = [], []
     threads = [
-        threading.Thread(target=lambda: results.append(prepare(cfg, model, tmp_path, say=said.append).digest()))
+        threading.Thread(target=lambda: results.append(prepare(cfg, model, tmp_path, log=said.append).digest()))
         for _ in range(2)
     ]
     threads[0].start()
@@ -231,18 +231,18 @@ def test_a_full_disk_leaves_nothing_half_made(cfg, model, tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
         with pytest.raises(UserError, match="cannot be written"):
-            prepare(cfg, model, tmp_path, say=lambda line: None)
+            prepare(cfg, model, tmp_path, log=lambda line: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "data").exists()
     assert not (tmp_path / ".data.partial").exists()
-    prepare(cfg, model, tmp_path, say=lambda line: None)
+    prepare(cfg, model, tmp_path, log=lambda line: None)
 
 
 def test_one_file_is_enough(model, tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("".join(f"Line {n} of a book.\n" for n in range(500)))
-    found = prepare(DataConfig(paths=(str(file),)), model, tmp_path / "run", say=lambda line: None)
+    found = prepare(DataConfig(paths=(str(file),)), model, tmp_path / "run", log=lambda line: None)
     assert len(found.train) == len(found.heldout) == 1
     [heldout] = found.heldout_texts()
     assert file.read_bytes().endswith(heldout)
@@ -262,7 +262,7 @@ def test_a_corpus_without_text_is_refused(model, tmp_path, content, message):
     for name, data in content.items():
         (source / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
-        prepare(DataConfig(paths=(str(source),)), model, tmp_path / "run", say=lambda line: None)
+        prepare(DataConfig(paths=(str(source),)), model, tmp_path / "run", log=lambda line: None)
     assert not (tmp_path / "run" / "data").exists()
 
 
@@ -270,9 +270,9 @@ def test_names_of_any_bytes_are_prepared_and_shown_on_any_terminal(model, folder
     source = shutil.copytree(folder_of_text, tmp_path / os.fsdecode(b"caf\xe9"))
     (source / os.fsdecode(b"b\xe9\n.txt")).write_bytes(b"\xff")
     (source / os.fsdecode(b"\xe9.txt")).write_text("good text\n")
-    said, say = _lines()
+    said, log = _lines()
     for _ in range(2):
-        prepare(DataConfig(paths=(str(source),), on_bad_file="skip"), model, tmp_path / "run", say=say)
+        prepare(DataConfig(paths=(str(source),), on_bad_file="skip"), model, tmp_path / "run", log=log)
     assert all(line.isprintable() for line in said)
     assert any(r"caf\xe9/b\xe9\n.txt, line 1: byte 0xff" in line for line in said)
     assert not any("changed" in line for line in said)
@@ -287,9 +287,9 @@ def test_a_corpus_of_which_everything_is_left_out_is_refused(model, tmp_path):
 def test_what_is_skipped_is_said(model, folder_of_text, tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff")
-    said, say = _lines()
+    said, log = _lines()
     cfg = DataConfig(paths=(str(folder_of_text), str(bad)), on_bad_file="skip")
-    prepare(cfg, model, tmp_path / "run", say=say)
+    prepare(cfg, model, tmp_path / "run", log=log)
     assert any("left out" in line and "bad.txt" in line for line in said)
     manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())
     assert len(manifest["left_out"]["rejected"]) == 1
@@ -299,10 +299,10 @@ def test_a_given_tokenizer_is_used(cfg, model, small_tokenizer, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(small_tokenizer.to_json(), encoding="utf-8")
     chosen = dataclasses.replace(cfg, tokenizer=str(file))
-    found = prepare(chosen, model, tmp_path / "run", say=lambda line: None)
+    found = prepare(chosen, model, tmp_path / "run", log=lambda line: None)
     assert found.tokenizer.to_json() == small_tokenizer.to_json()
     with pytest.raises(UserError, match=r"has 400 tokens, more than vocab_size=300"):
-        prepare(chosen, dataclasses.replace(model, vocab_size=300), tmp_path / "other", say=lambda line: None)
+        prepare(chosen, dataclasses.replace(model, vocab_size=300), tmp_path / "other", log=lambda line: None)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(cfg, model, small_tokenizer, tmp_path):
@@ -311,7 +311,7 @@ def test_a_tokenizer_that_loses_text_is_refused(cfg, model, small_tokenizer, tmp
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(lossy), encoding="utf-8")
     with pytest.raises(UserError, match="does not give back the text"):
-        prepare(dataclasses.replace(cfg, tokenizer=str(file)), model, tmp_path / "run", say=lambda line: None)
+        prepare(dataclasses.replace(cfg, tokenizer=str(file)), model, tmp_path / "run", log=lambda line: None)
 
 
 def test_a_tokenizer_without_marks_needs_fim_off(cfg, model, tmp_path):
@@ -324,8 +324,8 @@ def test_a_tokenizer_without_marks_needs_fim_off(cfg, model, tmp_path):
     inner.save(str(file))
     chosen = dataclasses.replace(cfg, tokenizer=str(file))
     with pytest.raises(UserError, match=r"set data\.fim_rate=0"):
-        prepare(chosen, model, tmp_path / "run", say=lambda line: None)
-    prepare(dataclasses.replace(chosen, fim_rate=0.0), model, tmp_path / "run", say=lambda line: None)
+        prepare(chosen, model, tmp_path / "run", log=lambda line: None)
+    prepare(dataclasses.replace(chosen, fim_rate=0.0), model, tmp_path / "run", log=lambda line: None)
 
 
 def test_bos_and_eos_must_be_where_a_trained_tokenizer_has_them(cfg, model, tmp_path):

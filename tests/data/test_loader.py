@@ -155,7 +155,7 @@ def test_masked_rows_hold_whole_documents_apart(cfg, prepared):
 def test_a_single_document_feeds_an_endless_stream(model, tmp_path, document_mask):
     (tmp_path / "book.txt").write_text("".join(f"Line {n} of a book.\n" for n in range(300)))
     cfg = DataConfig(paths=(str(tmp_path / "book.txt"),), document_mask=document_mask)
-    found = prepare(cfg, model, tmp_path / "run", say=lambda line: None)
+    found = prepare(cfg, model, tmp_path / "run", log=lambda line: None)
     batches = _iterator(cfg, found, batch_size=4, seq_len=100)
     assert sum(next(batches).weights[0].mean() for _ in range(50)) > 25
     batches.close()

@@ -50,7 +50,7 @@ def test_what_happens_to_a_document_depends_on_seed_document_and_epoch(prepared)
 def test_the_rate_is_the_share_of_line_breaks_that_are_split(model, tmp_path):
     lines = ["if f(a):\n    g(b)\n", "for c in d:\n    e = [c]\n", "h(i);\nj = k\n", "class L:\n\n    m = (n)\n"]
     (tmp_path / "code.txt").write_text("".join(lines * 300))
-    found = prepare(DataConfig(paths=(str(tmp_path / "code.txt"),)), model, tmp_path / "run", say=lambda line: None)
+    found = prepare(DataConfig(paths=(str(tmp_path / "code.txt"),)), model, tmp_path / "run", log=lambda line: None)
 
     def num_whole(rate):
         documents = documents_of(found, fim_rate=0.0, token_split_rate=rate)

@@ -101,7 +101,7 @@ def test_only_user_errors_leave(folder, data):
                 raw[place] = data.draw(st.sampled_from([0, 0x22, 0x2C, 0x30, 0x39, 0x5B, 0x7B, 0x7D, 0x80, 0xFF]))
             file.write_bytes(raw)
         with contextlib.suppress(UserError):
-            ds.load_pretrained(folder, say=lambda line: None)
+            ds.load_pretrained(folder, log=lambda line: None)
     finally:
         for file, content in files.items():
             file.write_bytes(content)

@@ -155,7 +155,7 @@ def test_main_model_loads_without_its_mtp_modules(copy_of_golden, golden, withou
     edit_config(folder, num_nextn_predict_layers=announced)
     rewrite(folder, change)
     lines: list[str] = []
-    cfg, variables = ds.load_pretrained(folder, say=lines.append)
+    cfg, variables = ds.load_pretrained(folder, log=lines.append)
     expected_cfg, expected = without_mtp(*ds.load_pretrained(golden / "hf" / "tiny_c"))
     assert cfg == expected_cfg
     assert_same_bits(variables, expected)

@@ -30,7 +30,7 @@ def average_of(value: float) -> dict:
 
 def filled(tmp_path: Path, steps=(1, 2, 3), keep: int = 5) -> tuple[CheckpointFolder, list[str]]:
     said: list[str] = []
-    folder = CheckpointFolder(tmp_path / "checkpoints", keep=keep, say=said.append)
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=keep, log=said.append)
     for step in steps:
         folder.save(step, state_of(step), average_of(-step), {"tokens": step * 10**12, "config": {"name": "x"}})
     folder.wait()
@@ -223,7 +223,7 @@ def test_only_what_a_save_left_behind_is_removed(tmp_path: Path):
         with pytest.raises(CheckpointError, match="move away what lies there"):
             folder.save(step, state_of(0), None, {})
     said.clear()
-    narrow = CheckpointFolder(folder.folder, keep=1, say=said.append)
+    narrow = CheckpointFolder(folder.folder, keep=1, log=said.append)
     save_and_wait(narrow, 6)
     assert narrow.steps() == [2, 6], "keep-N deletes no link"
     assert find_damage(tmp_path / "elsewhere") is None

@@ -57,7 +57,7 @@ def test_a_terminal_of_twenty_columns_shows_a_bar_and_a_dumb_one_shows_lines(dum
     terminal = {"TERM": "dumb" if dumb else "xterm"}
     console = rich.console.Console(file=out, width=20, soft_wrap=True, force_terminal=True, _environ=terminal)
     bar = ProgressBar(console, total_tokens=100, done=0)
-    bar.say("compiling the step …")
+    bar.log("compiling the step …")
     for step in range(1, 21):
         bar.show({"step": step, "tokens": 5 * step, "main_loss": 2.5, "tokens_per_s": 1e6}, 1.0)
     bar.close()

@@ -44,7 +44,7 @@ class FinishedRun(NamedTuple):
         return load_variables(scratch / name, use_average=use_average)[1]
 
     def evaluation(self, variables: dict[str, Any], max_batches: int | None) -> Evaluation:
-        data = prepare(self.cfg.data, self.cfg.model, self.folder, say=lambda line: None)
+        data = prepare(self.cfg.data, self.cfg.model, self.folder, log=lambda line: None)
         batches = heldout_batches(
             data.tokenizer,
             data.heldout,

@@ -52,7 +52,7 @@ def template(golden: Path, stored: RunConfig, sources: Path, tmp_path_factory: p
     shutil.rmtree(run_dir / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(sources)
-        with open_run(stored, run_dir, say=lambda line: None) as run:
+        with open_run(stored, run_dir, log=lambda line: None) as run:
             run.progress = Progress(6, 320)
             run.save()
     return run_dir
@@ -68,7 +68,7 @@ def run_dir(template: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.M
 def resumed_at(cfg: RunConfig, run_dir: Path) -> tuple[int, list[str]]:
     """The step at which the run goes on, and what was said."""
     said: list[str] = []
-    with open_run(cfg, run_dir, say=said.append) as run:
+    with open_run(cfg, run_dir, log=said.append) as run:
         return run.progress.step, said
 
 
@@ -77,7 +77,7 @@ def test_the_stored_run_of_version_0_1_resumes_and_exports(
 ):
     """With the losses of its own code on these batches, and no data sources in sight; exported by relative paths."""
     run_dir, said = shutil.copytree(golden / "run_0_1", tmp_path / "run"), []
-    with open_run(override(stored, ["train.total_tokens=100_000"]), run_dir, say=said.append) as run:
+    with open_run(override(stored, ["train.total_tokens=100_000"]), run_dir, log=said.append) as run:
         assert run.progress == (5, 256)
         taken = itertools.islice(steps(run, make_step(stored), stop=StopRequest()), 2)
         losses = [float(one.report.loss) for one in taken]
@@ -91,7 +91,7 @@ def test_the_stored_run_of_version_0_1_resumes_and_exports(
     assert json.loads((run_dir / "checkpoints" / "000000000007" / HOST).read_text())["digests"].keys()
     monkeypatch.chdir(tmp_path)
     for folder, use_average in (("last", False), ("average", True)):
-        export(run_dir.name, folder, "bfloat16", use_average=use_average, say=said.append)
+        export(run_dir.name, folder, "bfloat16", use_average=use_average, log=said.append)
         assert load_pretrained(folder)[0] == stored.model
 
 
@@ -111,7 +111,7 @@ def test_data_made_again_must_be_what_the_run_has_learned_from(run_dir: Path, st
 def test_a_tokenizer_of_another_run_is_not_exported(run_dir: Path, tmp_path: Path):
     (run_dir / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not the tokenizer that this run has learned with"):
-        export(run_dir, tmp_path / "out", say=print)
+        export(run_dir, tmp_path / "out", log=print)
 
 
 @pytest.mark.parametrize("state", ["lost", "damaged", "a list", "deep", "of another run", "not UTF-8"])
