@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dsv3_jax as ds
 from dsv3_jax.config.run import RunConfig
@@ -14,7 +15,7 @@ from dsv3_jax.config.train import OptimizerConfig
 from dsv3_jax.data.batch import Batch, make_batch, stack
 from dsv3_jax.training.optimizer import decay_mask, make_optimizer
 from dsv3_jax.training.state import TrainState, abstract_state
-from dsv3_jax.training.step import Rates, Terms, batch_loss, denominators_of, make_step
+from dsv3_jax.training.step import Rates, Sums, Terms, batch_loss, denominators_of, make_step
 from tests.small import make_variables
 
 step_of = functools.cache(make_step)
@@ -176,6 +177,47 @@ def test_moments_are_kept_in_the_configured_dtype(small):
     assert before == after
     assert set(map(str, after)) == {"int32", "bfloat16"}
     assert bool(report.is_finite)
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_states_lie_where_they_should_and_sums_reach_over_all_devices(small, num_micro: int):
+    """Parameters and moments halved over two devices where they can be, as are the rows of the batch."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def halved(leaf, axis: int = 0) -> NamedSharding:
+        can = leaf.ndim > axis and leaf.shape[axis] % 2 == 0
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data") if can else PartitionSpec())
+
+    batches = stack([batch_of(small, rows(small, seed), packed(small, seed)) for seed in range(num_micro)])
+    shardings = jax.tree.map(halved, abstract_state(small))
+    state = jax.device_put(fresh_state(small), shardings)
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, halved(leaf, axis=leaf.ndim - 2)), batches)
+    expected, alone = step_of(small, label_loss)(fresh_state(small), batches, RATES)
+    after, report = make_step(small, label_loss, shardings=shardings)(state, placed, RATES)
+    for leaf, sharding in zip(jax.tree.leaves(after), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    assert float(report.loss) == pytest.approx(float(alone.loss), rel=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def label_loss(params, router_state, batch, denominators, mtp_weight, **how):
+    """`simple_loss` times the share of all labels that this micro-batch has."""
+    loss, terms = simple_loss(params, router_state, batch, denominators, mtp_weight, **how)
+    return loss * (batch.weights[0] * batch.labels[0].astype(jnp.float32)).sum() / denominators.labels[0], terms
+
+
+def test_gradients_can_come_from_elsewhere_than_autodiff(small):
+    def ones(state, batch, denominators, rates):
+        _, terms = simple_loss(state.params, state.router_state, batch, denominators, rates.mtp_weight, cfg=small)
+        return Sums(jnp.float32(2), terms, jax.tree.map(jnp.ones_like, state.params))
+
+    step, batch = make_step(small, gradients=ones), batch_of(small, rows(small, 10))
+    for num_micro in (1, 3):
+        _, report = step(fresh_state(small), stack([batch] * num_micro), RATES)
+        assert float(report.loss) == 2 * num_micro
+        size = sum(leaf.size for leaf in jax.tree.leaves(fresh_state(small).params))
+        assert float(report.grad_norm) == pytest.approx(num_micro * size**0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "mixed"])
