@@ -22,7 +22,7 @@ def test_every_rematerialisation_gives_the_same_gradients(repository):
     def gradients(remat):
         def total(params):
             states = hidden_states(cfg, {**variables, "params": params}, tokens, functions=FP8, remat=remat)
-            return jnp.sin(states.hidden.astype(jnp.float32)).mean() + states.balance_loss.sum()
+            return jnp.sin(states.hidden.astype(jnp.float32)).mean() + states.routing.balance_loss.sum()
 
         # XLA may leave out the rounding to bfloat16 within a fused kernel, and fuses each program in its own way.
         exactly = {"xla_allow_excess_precision": False}
