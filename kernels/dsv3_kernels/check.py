@@ -1,9 +1,9 @@
-"""Every kernel on this GPU against its plain forms, on fresh random inputs: `python -m dsv3_kernels.check`.
+"""Every kernel on this GPU against its plain implementations, on fresh random inputs: `python -m dsv3_kernels.check`.
 
     python -m dsv3_kernels.check --isolate --small --out check.jsonl   the first command on a new GPU: minutes
     python -m dsv3_kernels.check --isolate --out check.jsonl --resume  then all cases that have not passed yet
     python -m dsv3_kernels.check fp8_gemm --only m64_ --seed 7         some of one op, inputs as in an earlier run
-    python -m dsv3_kernels.check --form xla --small                    what any machine can run
+    python -m dsv3_kernels.check --implementation xla --small          what any machine can run
     python -m dsv3_kernels.check --cases my.module                     cases of your own kernels (`gpu/case.py`)
 
 Each case runs on two sets of inputs, twice on each, into buffers filled with NaN: what a kernel leaves unwritten
@@ -16,12 +16,12 @@ case. Without it a kernel that hangs ends everything.
 
 --out appends a JSON object for each case to a file as soon as there is a verdict: op, name, verdict (passed, failed,
 refused, hung, crashed), the errors, the reasons, what it ran on. With --resume, cases that passed there before are left
-out, where the sources, the device, the version of jax and the form are the same.
+out, where the sources, the device, the version of jax and the implementation are the same.
 
-A kernel that refuses a case has failed it: cases for the plain forms alone are no part of `--form pallas`.
+A kernel that refuses a case has failed it: `--implementation pallas` leaves out cases for the plain ones alone.
 
-Exit status: 0 if every case was reached and passed (now, or before with --resume), 1 if not, 2 for a user's error, 3 if
-nothing was run because there is no Hopper GPU and `--form` names kernels.
+Exit status: 0 if every case was reached and passed (now, or before with --resume), 1 if not, 2 for a user error, 3 if
+nothing was run because there is no Hopper GPU and `--implementation` names kernels.
 """
 
 import argparse
@@ -48,7 +48,7 @@ Judge = Callable[[Iterable[CheckCase]], Iterator[Verdict]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, which the top of this file tells."""
+    """Runs the command line; returns the exit status, which the top of this file defines."""
     given = _parse(arguments)
     with contextlib.ExitStack() as stack:
         try:
@@ -71,7 +71,7 @@ def _run(
     stack: contextlib.ExitStack,
 ) -> int:
     run = {name: about[name] for name in ("device", "jax", "commit")} | {
-        "form": given.form,
+        "implementation": given.implementation,
         "source": machine.source_digest([given.cases] if given.cases else []),
     }
     try:
@@ -81,13 +81,18 @@ def _run(
         print(f"error: --out {given.out} cannot be written ({error.strerror}); name another file.", file=sys.stderr)
         return EXIT_USER_ERROR
     left = [case for case in cases if (case.op, case.name) not in before]
-    print(f"{about['device']}, jax {about['jax']}, form {given.form}, seed {given.seed}, {len(left)} cases", flush=True)
+    print(
+        f"{about['device']}, jax {about['jax']}, implementation {given.implementation}, seed {given.seed}, "
+        f"{len(left)} cases",
+        flush=True,
+    )
     started = time.monotonic()
     verdicts = _verdicts(left, judge, record, given.seconds)
     not_reached = len(left) - len(verdicts)
     bad = [verdict for verdict in verdicts if verdict.verdict != PASSED]
     for verdict in bad:
-        options = f"--only '{verdict.name}' --form {given.form} --seed {given.seed}{' --isolate' * given.isolate}"
+        options = f"--only '{verdict.name}' --implementation {given.implementation} --seed {given.seed}"
+        options += " --isolate" * given.isolate
         print(f"  {verdict.verdict}; again: python -m dsv3_kernels.check {verdict.op} {options}")
     if not_reached:
         print("  Not reached in time: give more --seconds" + (", or go on with --resume." if given.out else "."))
@@ -127,8 +132,8 @@ def _verdicts(
 def _here(given: argparse.Namespace) -> Iterator[tuple[Mapping[str, Any], Judge]]:
     """What this process runs on, and a function that runs cases in it."""
     machine.prepare(XLA_FLAGS)
-    about = machine.describe() | {"obstacle": obstacle(given.form)}
-    yield about, lambda cases: (check(case, given.form, given.seed) for case in cases)
+    about = machine.describe() | {"obstacle": obstacle(given.implementation)}
+    yield about, lambda cases: (check(case, given.implementation, given.seed) for case in cases)
 
 
 @contextlib.contextmanager
@@ -148,7 +153,7 @@ def _isolated(given: argparse.Namespace) -> Iterator[tuple[Mapping[str, Any], Ju
     said = answers(
         [
             *(sys.executable, "-m", "dsv3_kernels.gpu.check_worker"),
-            json.dumps({"form": given.form, "seed": given.seed, "module": given.cases}),
+            json.dumps({"implementation": given.implementation, "seed": given.seed, "module": given.cases}),
         ],
         requests(),
         limit=given.limit,
@@ -185,7 +190,7 @@ def _selected(given: argparse.Namespace) -> list[CheckCase]:
         for case in check_cases(given.ops, given.cases)
         if (case.is_small or not given.small)
         and given.only in case.name
-        and not (case.is_plain and given.form == "pallas")
+        and not (case.is_plain and given.implementation == "pallas")
     ]
     if not cases:
         raise ValueError("no case is left of those asked for; leave out --only, --small or the name of an op.")
@@ -199,7 +204,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these ops")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--small", action="store_true", help="only cases that a CPU can afford")
-    parser.add_argument("--form", default="pallas", choices=("pallas", "xla", "reference"), help="default %(default)s")
+    parser.add_argument(
+        "--implementation", default="pallas", choices=("pallas", "xla", "reference"), help="default %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="of the inputs; fresh by default")
     parser.add_argument("--isolate", action="store_true", help="go on after a case that hangs or crashes")
     parser.add_argument(
@@ -209,7 +216,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=float, default=540, metavar="S", help="start no case after this time (default %(default)s)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append verdicts to this file, a JSON object a line")
-    parser.add_argument("--resume", action="store_true", help="leave out what passed before, as --out FILE tells")
+    parser.add_argument("--resume", action="store_true", help="leave out what passed before, according to --out FILE")
     parser.add_argument("--cases", default="", metavar="MODULE", help="check_cases() of this module, not of our ops")
     return parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""The check program: it passes what is right, fails what is wrong, and says where it cannot run."""
+"""The check program: it passes what is right, fails what is wrong, and reports where it cannot run."""
 
 import importlib
 import json
@@ -166,7 +166,7 @@ def flags(monkeypatch):
 
 
 def test_only_a_run_that_reached_and_passed_all_exits_0(capsys, flags):
-    plain = ["quantize_tiles", "--form", "xla", "--small"]
+    plain = ["quantize_tiles", "--implementation", "xla", "--small"]
     assert check.main([*plain, "--only", "1x128_"]) == 0
     assert "2 passed, 0 failed, 0 refused, 0 hung, 0 crashed, 0 not reached" in capsys.readouterr().out
     assert check.main([*plain, "--seconds", "-1"]) == 1
@@ -179,7 +179,7 @@ def test_only_a_run_that_reached_and_passed_all_exits_0(capsys, flags):
         (["--cases", "json"], "offers no cases"),
         (["--cases", CASES, "right", "--out", "/dev/null/out"], "name another file"),
     ):
-        assert check.main(["--form", "xla", *wrong]) == 2
+        assert check.main(["--implementation", "xla", *wrong]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -194,7 +194,7 @@ def test_cases_of_one_name_are_refused(monkeypatch):
 def test_verdicts_are_in_the_file_and_what_passed_is_left_out(capsys, flags, tmp_path):
     """Not what failed, not after a change of the sources, and whatever line was cut short."""
     path = tmp_path / "new" / "out.jsonl"
-    given = ["--form", "xla", "--cases", CASES, "right", "wrong", "refusing", "--out", str(path)]
+    given = ["--implementation", "xla", "--cases", CASES, "right", "wrong", "refusing", "--out", str(path)]
     assert check.main(given) == 1
     assert "1 passed, 1 failed, 1 refused, 0 hung, 0 crashed, 0 not reached" in capsys.readouterr().out
     path.write_text(path.read_text() + '[]\n{"op": "wrong", "na')
@@ -205,11 +205,11 @@ def test_verdicts_are_in_the_file_and_what_passed_is_left_out(capsys, flags, tmp
         *("passed", "failed", "refused", "failed", "refused")
     ]
     entry = json.loads(lines[0])
-    assert (entry["op"], entry["form"], entry["device"]) == ("right", "xla", jax.devices()[0].device_kind)
+    assert (entry["op"], entry["implementation"], entry["device"]) == ("right", "xla", jax.devices()[0].device_kind)
     assert passed_before(path, entry) == {("right", "doubles")}
-    for name in ("source", "device", "jax", "form"):
+    for name in ("source", "device", "jax", "implementation"):
         assert passed_before(path, entry | {name: "another"}) == set()
-    with recorder(path, {name: entry[name] for name in ("source", "device", "jax", "form")}) as record:
+    with recorder(path, {name: entry[name] for name in ("source", "device", "jax", "implementation")}) as record:
         record(from_data(entry)._replace(verdict="hung"))
     assert passed_before(path, entry) == set()
 
@@ -233,7 +233,7 @@ for line in sys.stdin:
 
 
 def test_a_hang_or_a_crash_costs_one_request():
-    """And the process that hangs is killed with its children, having told where it was."""
+    """And the process that hangs is killed with its children, having written where it was."""
     command = [sys.executable, "-S", "-c", SERVER]
     wishes = ["one", "two", "hang", "three", "abort", "leave", "last", "four"]
     requests = ({"do": wish} for wish in wishes)
@@ -255,7 +255,7 @@ def test_a_hang_or_a_crash_costs_one_request():
 @pytest.mark.slow
 def test_the_program_goes_on_after_cases_that_hang_and_crash(capsys, flags, tmp_path):
     path = tmp_path / "out.jsonl"
-    given = ["--form", "xla", "--cases", CASES, "--isolate", "--limit", "20", "--out", str(path)]
+    given = ["--implementation", "xla", "--cases", CASES, "--isolate", "--limit", "20", "--out", str(path)]
     assert check.main(given) == 1
     found = {entry["name"]: entry for entry in map(json.loads, path.read_text().splitlines())}
     assert {name: entry["verdict"] for name, entry in found.items()} == {
@@ -275,5 +275,5 @@ def test_the_program_goes_on_after_cases_that_hang_and_crash(capsys, flags, tmp_
 
 @pytest.mark.slow
 def test_every_small_case_of_the_plain_form_passes(capsys, flags):
-    assert check.main(["--form", "xla", "--small", "--seconds", "1e9"]) == 0, capsys.readouterr().out
+    assert check.main(["--implementation", "xla", "--small", "--seconds", "1e9"]) == 0, capsys.readouterr().out
     assert "0 failed, 0 refused, 0 hung, 0 crashed, 0 not reached" in capsys.readouterr().out

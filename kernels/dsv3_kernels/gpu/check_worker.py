@@ -1,7 +1,7 @@
 """Checks the cases that it is asked for, in a process that `gpu/isolate.py` watches.
 
-`python -m dsv3_kernels.gpu.check_worker '{"form": ..., "seed": ..., "module": ...}'` says what it runs on, then answers
-{"op": ..., "name": ...} with a verdict; both as `dsv3_kernels.check` has them.
+`python -m dsv3_kernels.gpu.check_worker '{"implementation": ..., "seed": ..., "module": ...}'` prints what it runs on,
+then answers {"op": ..., "name": ...} with a verdict; both as `dsv3_kernels.check` has them.
 """
 
 import json
@@ -20,11 +20,11 @@ def main() -> None:
     tell = standard_output()
     machine.prepare(XLA_FLAGS)
     cases = {(case.op, case.name): case for case in check_cases(module=given["module"])}
-    tell(machine.describe() | {"obstacle": obstacle(given["form"])})
+    tell(machine.describe() | {"obstacle": obstacle(given["implementation"])})
     for line in sys.stdin:
         request = json.loads(line)
         case = cases[request["op"], request["name"]]
-        tell(check(case, given["form"], given["seed"]).as_data())
+        tell(check(case, given["implementation"], given["seed"]).as_data())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
     op: str
     name: str
     verdict: str
-    """One of VERDICTS. Hung and crashed are told of a process (`gpu/isolate.py`), crashed also of the device."""
+    """One of VERDICTS. Hung and crashed are verdicts on a process (`gpu/isolate.py`), crashed also on the device."""
     path: str = ""
     """What the case is the first of its kind to run, as `CheckCase.path`."""
     errors: Mapping[str, float] = MappingProxyType({})
@@ -57,17 +57,17 @@ def from_data(data: Mapping[str, Any]) -> Verdict:
     return Verdict(**known | {"errors": errors, "reasons": tuple(data["reasons"])})
 
 
-def obstacle(form: str) -> str:
-    """Why this process can check nothing of a form, "" if it can."""
-    if form != "pallas":
+def obstacle(implementation: str) -> str:
+    """Why this process can check nothing of an implementation, "" if it can."""
+    if implementation != "pallas":
         return ""
     if machine.gpu() is None:
         return machine.no_gpu()
     why = why_no_pallas()
-    return f"The kernels cannot run: pallas {why}. --form xla checks the plain forms." if why else ""
+    return f"The kernels cannot run: pallas {why}. --implementation xla checks the plain ones." if why else ""
 
 
-def check(case: CheckCase, form: str, seed: int) -> Verdict:
+def check(case: CheckCase, implementation: str, seed: int) -> Verdict:
     """Runs a case on two fresh sets of inputs and compares."""
     started = time.monotonic()
     errors: dict[str, float] = {}
@@ -78,7 +78,7 @@ def check(case: CheckCase, form: str, seed: int) -> Verdict:
 
     try:
         make_inputs = jax.jit(case.make_inputs)
-        run = into_poison(lambda inputs: case.run(inputs, form))
+        run = into_poison(lambda inputs: case.run(inputs, implementation))
         for key in jax.random.split(jax.random.key(seed)):
             inputs = make_inputs(key)
             result, is_poisoned = run(inputs)

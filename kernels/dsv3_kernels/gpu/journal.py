@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv3_kernels.gpu.checking import PASSED, Verdict
 
-SAME = ("source", "device", "jax", "form")
+SAME = ("source", "device", "jax", "implementation")
 """What a verdict depends on, besides chance; `commit` is there for the reader."""
 
 
