@@ -1,4 +1,4 @@
-"""Kernels of DeepSeek-V3: each op has a plain reference form, an XLA form, and a form for Hopper GPUs.
+"""Kernels of DeepSeek-V3: each op has a plain reference, an implementation in XLA, and one for Hopper GPUs.
 
 The public names load when first used, so that importing the package costs nothing.
 

@@ -11,11 +11,11 @@ is cut short has rows of every op. The files are rewritten after each row; --res
 sources measured on this device (the ceilings, and torch's times, are measured again). Rows are measured in a process
 that is watched: one that gives no times within --limit seconds, or ends the process, costs that row only.
 
-A row tells its time, that of its longest kernel alone (what is beside it are casts, scales, plans), the goal and how
-near it is. The goal of what memory binds is its bytes at the measured copy rate and 3 µs; of what products bind a share
+A row gives its time, that of its longest kernel alone (what is beside it are casts, scales, plans), the goal and how
+near it is. The goal of what memory binds is its bytes at the measured copy rate and 3 µs; of what matmuls bind a share
 of their measured rate, or the published one (`gpu/report.py`).
 
-Without a GPU it says so and exits 0. How a launch is timed is told in `gpu/timing.py`; the rows are offered by the
+Without a GPU it says so and exits 0. How a launch is timed is written in `gpu/timing.py`; the rows are offered by the
 ops (`gpu/case.py`).
 """
 
@@ -121,7 +121,7 @@ def _measure(
     about: Mapping[str, Any],
     ceilings: Ceilings,
 ) -> None:
-    """Fills in each row as it is measured, told and saved."""
+    """Fills in each row as it is measured, printed and saved."""
     started = time.monotonic()
     places = [place for place, row in enumerate(rows) if row.notes == (NOT_REACHED,)]
     try:

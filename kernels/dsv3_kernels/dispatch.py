@@ -1,16 +1,16 @@
 """Which implementation of an op a program holds: decided for the platform it is lowered for.
 
 Every op takes `implementation=None | "reference" | "xla" | "pallas"`, as `jax.nn.dot_product_attention` does. A call
-binds one primitive, and the primitive is lowered for the target: to the kernel on a Hopper GPU, to the XLA form
-anywhere else, whatever device the process itself has. So a program exported for "cuda" on a laptop holds the kernels,
-and one exported for "cpu" and "cuda" holds both.
+binds one primitive, and the primitive is lowered for the target: to the kernel on a Hopper GPU, to XLA's
+implementation anywhere else, whatever device the process itself has. So a program exported for "cuda" on a laptop holds
+the kernels, and one exported for "cpu" and "cuda" holds both.
 
 What the primitive does for every op alike:
-- its results have the types of the XLA form's (which mesh axes they vary over, how they are sharded), and the kernel,
-  which knows nothing of meshes, is traced without them;
+- its results have the types of the XLA implementation's (which mesh axes they vary over, how they are sharded), and the
+  kernel, which knows nothing of meshes, is traced without them;
 - differentiating it is refused, since the derivative of a rounding is no use and that of a kernel does not exist;
-- under `jax.vmap` the XLA form is vectorised, and the kernel runs once for each element of the batch;
-- a kernel that cannot take what it is given is replaced by the XLA form, which is logged.
+- under `jax.vmap` the XLA implementation is vectorised, and the kernel runs once for each element of the batch;
+- a kernel that cannot take what it is given is replaced by the XLA implementation, which is logged.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Op:
     kernel: Callable[..., Any] | None = None
     """For Hopper; imports Pallas when it is called, and takes `num_sms` where the op does."""
     refuses: Callable[..., str | None] = lambda *arrays, **static: None
-    """Why the kernel cannot take these arguments, in words that say what to change; None if it can."""
+    """Why the kernel cannot take these arguments, in words that name what to change; None if it can."""
     xla_gpu: Callable[..., Any] | None = None
     """In place of `xla` on GPUs."""
     no_gradient: str = NO_GRADIENT
@@ -196,7 +196,7 @@ def _lower_plain(context, *arrays, jaxpr, op: Op, is_required: bool, **params):
         platform = "/".join(context.platforms or context.module_context.platforms)
         raise NotImplementedError(
             f'{op.name}(implementation="pallas") needs a Hopper GPU (compute capability 9.0), and the program is '
-            f"compiled for {platform}; leave it None to run the XLA form."
+            f"compiled for {platform}; leave it None to run the XLA implementation."
         )
     return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *arrays)
 
@@ -214,7 +214,7 @@ def _lower_for_cuda(context, *arrays, jaxpr, of_gpu, kernel, refusal: str | None
         why = refusal or _why_not_divided(context)
         if is_required and (obstacle or why):
             raise NotImplementedError(
-                f'{op.name}(implementation="pallas") {obstacle or why}; leave it None to run the XLA form.'
+                f'{op.name}(implementation="pallas") {obstacle or why}; leave it None to run the XLA implementation.'
             )
         if obstacle is None and why is None:
             return _lower_untyped(context, kernel, arrays)

@@ -1,7 +1,7 @@
 """The launch of a kernel for Hopper: what every call of `plgpu.kernel` has to remember.
 
 Kernels are written for Mosaic's lane semantics, which jax 0.11.2 to 0.12 share. Inside `jax.shard_map` the results of a
-kernel vary over the mesh axes that its arguments vary over, which `plgpu.kernel` does not tell. How many thread blocks
+kernel vary over the mesh axes that its arguments vary over, which `plgpu.kernel` does not state. How many thread blocks
 run at once is `num_sms`; which targets are refused is `target.why_no_kernels`.
 """
 

@@ -23,7 +23,7 @@ def num_blocks(size: int) -> int:
 
 
 def row_tile(q: QTensor) -> int:
-    """Rows of `q` that share a scale: 1 or 128, told from the shapes (which agree with both if there is one row)."""
+    """Rows of `q` that share a scale: 1 or 128, read off the shapes (which agree with both if there is one row)."""
     return 1 if q.scales.shape[-2] == q.values.shape[-2] else BLOCK
 
 
@@ -35,7 +35,7 @@ def checked_operand(op: str, name: str, q: Any, *, rank: int, row_tiles: Sequenc
         name: the name of the operand, for messages.
         rank: axes of the values.
         row_tiles: how many rows may share a scale: 1, 128 or both.
-    Raises: ValueError with the value, the rule and the remedy.
+    Raises: ValueError with the value, the rule and how to fix it.
     """
     if not (hasattr(q, "values") and hasattr(q, "scales")):
         raise ValueError(
@@ -79,9 +79,9 @@ def checked_groups(
 ) -> jax.Array:
     """One int32 for each `each`, as a JAX array.
 
-    The numbers themselves are looked at in a NumPy array only: those of a JAX array may not be known yet.
+    The elements themselves are looked at in a NumPy array only: those of a JAX array may not be known yet.
 
-    Raises: ValueError for another shape or dtype, or a number outside `lowest` ... `highest`, which `rule` explains.
+    Raises: ValueError for another shape or dtype, or an element outside `lowest` ... `highest`, which `rule` explains.
     """
     array = _array(ids)
     if array.dtype != jnp.int32:
@@ -115,12 +115,12 @@ def check_output_dtype(op: str, dtype: jax.typing.DTypeLike) -> None:
 
 
 def checked_accumulator(op: str, array: Any, *, shape: tuple[int, ...]) -> jax.Array:
-    """The float32 buffer that a product is added to; raises ValueError for another shape or dtype."""
+    """The float32 buffer that a result is added to; raises ValueError for another shape or dtype."""
     buffer = _array(array)
     if buffer.dtype != jnp.float32 or buffer.shape != shape:
         raise ValueError(
             f"{op}: accumulate_into is {buffer.dtype}{list(buffer.shape)} and must be float32{list(shape)}, "
-            "the shape of the product; sums over many steps lose too much in anything narrower."
+            "the shape of the result; sums over many steps lose too much in anything narrower."
         )
     return buffer
 

@@ -73,7 +73,7 @@ def dequantize_tiles(
 
     Args:
         q: values [..., R, C] and scales [..., ceil(R/r), ceil(C/c)].
-        tile: the tile they were made with; it cannot be told from the shapes when edge tiles are ragged.
+        tile: the tile they were made with; it cannot be inferred from the shapes when edge tiles are ragged.
     Raises: ValueError when the scales are not one a tile.
     """
     rows, columns = q.values.shape[-2:]
@@ -87,7 +87,7 @@ def dequantize_tiles(
 
 
 def _amax(tiles: Any) -> Any:
-    """The largest magnitude of each tile; not finite if one number is not.
+    """The largest magnitude of each tile; not finite if one element is not.
 
     Compares bits, which order magnitudes with infinity and then NaN on top. XLA's maximum of floats on CPUs loses NaNs
     in some shapes: with jaxlib 0.12.0.1 that of [16, 1, 4, 128] over its last axis.

@@ -1,6 +1,6 @@
 """The scale of a tile and its reciprocal, to the last bit the same on every backend.
 
-Division of floats is not: XLA turns x / 448 into x * (1 / 448) and 1 / (x / 448) into 448 / x, and on NVIDIA GPUs both
+Division of floats is not: XLA rewrites x / 448 as x * (1 / 448) and 1 / (x / 448) as 448 / x, and on NVIDIA GPUs both
 it and Mosaic divide approximately (div.full, rcp.approx: one or two steps off). So the quotients are rounded to the
 nearest with integers: 448 = 7 * 2^6 leaves a division by 7, and a reciprocal is corrected by its remainder. The
 functions take NumPy arrays, JAX arrays and the values inside a Pallas kernel.

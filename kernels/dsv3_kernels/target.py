@@ -56,6 +56,6 @@ def why_no_kernels(*, has_causal_mask: bool = False) -> str | None:
 
 
 def cuda_version(device: Any) -> int | None:
-    """CUDA's version as the runtime numbers it, such as 12090 for 12.9; None where the client does not tell."""
+    """CUDA's version as the runtime gives it, such as 12090 for 12.9; None where the client does not report it."""
     found = re.search(r"cuda\s+(\d+)", getattr(device.client, "platform_version", ""), re.IGNORECASE)
     return int(found[1]) if found else None

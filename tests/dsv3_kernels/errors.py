@@ -38,6 +38,6 @@ def flash_mismatch(
         worst = int(np.argmax(np.where(fails, error, 0)))
         return f"{int(fails.sum())} of {a.size} elements, the worst {a[worst]} instead of {e[worst]}"
     if not e.any() and not a.any():
-        return None  # of zeros the cosine says nothing
+        return None  # of zeros the cosine means nothing
     difference = cos_diff(a, e)
     return None if difference <= cosine else f"cos_diff {difference:.2e} over {cosine:.0e}"

@@ -60,7 +60,7 @@ def case_of(**changes) -> BenchCase:
 
 
 def timer(function, sets):
-    """Told seconds: the kernel takes 20 µs, the other way 30."""
+    """Given seconds: the kernel takes 20 µs, the other way 30."""
     function(sets[0])
     median = {kernel: 20e-6, peer: 30e-6}[function]
     return Times(median, median * 0.9, median * 1.1, (median * 0.2, median * 0.8))

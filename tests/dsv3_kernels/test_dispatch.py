@@ -83,7 +83,7 @@ def test_a_named_kernel_means_the_target() -> None:
 
 
 class OtherGpu:
-    """What jax tells of a GPU."""
+    """What jax reports of a GPU."""
 
     platform, device_kind, core_count = "gpu", "NVIDIA B200", 148
 

@@ -1,4 +1,4 @@
-"""The dense FP8 GEMM: DeepSeek's numbers, the forms against each other, and what a caller may not pass."""
+"""The dense FP8 GEMM: DeepSeek's values, the implementations against each other, and what a caller may not pass."""
 
 import functools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The grouped FP8 GEMMs: every group against its own dense product, empty groups, skipped blocks, padding."""
+"""The grouped FP8 GEMMs: every group against its own dense matmul, empty groups, skipped blocks, padding."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The FP8 products as GPUs without the kernels run them: their numbers, what is skipped, and how they multiply."""
+"""The FP8 matmuls as GPUs without the kernels run them: their values, what is skipped, and how they multiply."""
 
 import functools
 import math
@@ -108,7 +108,7 @@ DOT = r"dot_general.*: \(tensor<.*x(\w+)>, tensor<.*x(\w+)>\) -> tensor<.*x(\w+)
 
 @pytest.mark.parametrize("op", OPS)
 def test_gpus_without_the_kernels_multiply_in_bfloat16_in_the_memory_of_the_operands(op):
-    """A product of all blocks of the contraction at once would take 8 M N."""
+    """A matmul of all blocks of the contraction at once would take 8 M N."""
     traced = jax.jit(functools.partial(op, implementation="xla")).trace(*OPS[op])
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert re.findall(DOT, text) == [("bf16", "bf16", "f32")]

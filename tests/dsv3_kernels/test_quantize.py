@@ -1,4 +1,4 @@
-"""The tile quantiser against DeepSeek's own numbers, and its two forms against each other."""
+"""The tile quantiser against DeepSeek's own values, and its two implementations against each other."""
 
 import functools
 import os

@@ -37,7 +37,7 @@ def run_watched(
 
 
 def cpu_seconds(pid: int) -> float:
-    """Seconds of all cores that a process has used, as /proc tells, or ps where there is none."""
+    """Seconds of all cores that a process has used, from /proc, or ps where there is none."""
     path = Path(f"/proc/{pid}/stat")
     if path.exists():
         fields = path.read_text().rpartition(")")[2].split()  # the name before may hold spaces

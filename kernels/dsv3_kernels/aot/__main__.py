@@ -1,7 +1,7 @@
 """Compiles every kernel with every tuned tile for sm_90a, prints what each costs, and fails on what is wrong.
 
 `python -m dsv3_kernels.aot` in an environment with the CUDA plugin of jax and pip's ptxas and nvdisasm, which
-`make test-aot` makes; no GPU. Exit status: 0 all is well (or jax is too old for Pallas, which is said), 1 a kernel is
+`make test-aot` makes; no GPU. Exit status: 0 all is well (or jax is too old for Pallas: it prints that), 1 a kernel is
 wrong or the table lacks a case, 2 the check itself cannot work.
 """
 

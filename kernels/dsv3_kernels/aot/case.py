@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import dsv3_kernels
 
 FP8_MMA = r"QGMMA\.\d+x\d+x32\.F32\.E4M3\.E4M3"
-"""Hopper's FP8 tensor cores with sums in float32; an FP8 product that is upcast first runs at half the rate."""
+"""Hopper's FP8 tensor cores with sums in float32; an FP8 matmul that is upcast first runs at half the rate."""
 BF16_MMA = r"HGMMA\.\d+x\d+x16\.F32\.BF16"
 """Hopper's bf16 tensor cores with sums in float32."""
 

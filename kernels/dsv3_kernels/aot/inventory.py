@@ -1,4 +1,4 @@
-"""What a compiled program is made of: kernels, products outside of them, loops; read from XLA's optimised HLO."""
+"""What a compiled program is made of: kernels, matmuls outside of them, loops; read from XLA's optimised HLO."""
 
 import math
 import re
@@ -34,13 +34,13 @@ class Kernel(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A matrix product that XLA multiplies itself."""
+    """A matmul that XLA computes itself."""
 
     operands: tuple[str, str]
     """The dtypes, as HLO writes them."""
     result: str
     flops: float
-    """Of one run; a product of m x k and k x n counts 2 m k n."""
+    """Of one run; a matmul of m x k and k x n counts 2 m k n."""
     source: str
     runs: int
 

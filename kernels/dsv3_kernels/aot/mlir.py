@@ -1,7 +1,7 @@
 """The launch of a kernel as Mosaic first writes it in MLIR: shared memory, descriptors of TMA.
 
 Mosaic dumps its module before each pass; the first is read, in which every argument of the host's calls is a constant
-or has a type that says it. What follows the launch runs on the GPU and is not read.
+or has a type that gives it. What follows the launch runs on the GPU and is not read.
 """
 
 import re
@@ -47,7 +47,7 @@ def parse_shared_bytes(module: str) -> int:
 def parse_descriptors(module: str) -> list[Descriptor]:
     """What the host gives to cuTensorMapEncodeTiled before the launch, in that order.
 
-    Raises: ValueError for an argument that is neither a constant nor said by a type.
+    Raises: ValueError for an argument that is neither a constant nor given by a type.
     """
     host = _host(module)
     definitions = _definitions(host)

@@ -26,7 +26,7 @@ from dsv3_kernels.aot.case import FP8_MMA, AotCase
 ROWS, MODEL, HIDDEN, EXPERTS = 4096, 7168, 2048, 8
 """Rows after dispatch, widths of DeepSeek-V3, experts of one device."""
 NUM_KERNELS = 16
-"""6 products, 6 casts of activations, gradients and weights, 4 transpositions."""
+"""6 matmuls, 6 casts of activations, gradients and weights, 4 transpositions."""
 
 
 def aot_cases() -> list[AotCase]:

@@ -64,7 +64,7 @@ def _role(blocks: list[Block], index: int, position: int) -> Iterator[Instructio
 
 
 def _width(opcode: str, operand: int) -> int:
-    """How many registers the operand of this number takes, if it is a register and no address."""
+    """How many registers the operand of this index takes, if it is a register and no address."""
     name, *modifiers = opcode.split(".")
     if mma := _MMA.match(opcode):
         return 4 if operand == 1 else int(mma[1]) // (2 if {"F32", "S32"} & set(modifiers) else 4)

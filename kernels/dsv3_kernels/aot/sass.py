@@ -40,7 +40,7 @@ class Resources(NamedTuple):
     spill_bytes: int
     stack_bytes: int
     losses: tuple[str, ...]
-    """What ptxas calls a potential loss of performance, such as products that it serialises."""
+    """What ptxas calls a potential loss of performance, such as matmuls that it serialises."""
 
 
 def parse_resources(ptxas: str) -> Resources:

@@ -18,7 +18,7 @@ GOOD = "self-check good"
 
 
 class Alteration(NamedTuple):
-    """A change of the good kernel's reports, and what every fault that is found then must say."""
+    """A change of the good kernel's reports, and what every fault that is found then must contain."""
 
     report: str
     old: str
@@ -32,7 +32,7 @@ REFUSED = {
     "self-check setmaxnreg": ("'setmaxnreg' ignored",),
     "self-check stride": ("2^40 or more",),
 }
-"""By case, what its faults say: each of them one of these."""
+"""By case, what its faults contain: each of them one of these."""
 ALTERED = (
     Alteration(".sass_ctrl", ", 0xe8", ", 0x18", "after setmaxnreg 24"),
     Alteration(

@@ -26,19 +26,19 @@ def spilling(x: jax.Array) -> jax.Array:
 
 
 def printing(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product twice, with a print while the first is under way; ptxas waits for one before it starts the next."""
+    """A matmul twice, with a print while the first is under way; ptxas waits for one before it starts the next."""
     from jax.experimental import pallas as pl
 
     return _product(a, b, between=lambda: pl.debug_print("under way"))
 
 
 def starved(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product by a warpgroup that gives up registers which its sums need."""
+    """A matmul by a warpgroup that gives up registers which its sums need."""
     return _product(a, b, multiplier_registers=24)
 
 
 def specialised(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product by one warpgroup of what another copies; the first takes the registers that the other gives up."""
+    """A matmul by one warpgroup of what another copies; the first takes the registers that the other gives up."""
     return _product(a, b, copier_registers=40, multiplier_registers=232)
 
 

@@ -1,8 +1,8 @@
 """Casts to E4M3 in tiles that share one scale, fused with the step before (report sections 3.3 and 3.5.2).
 
 Activations are cast in tiles of 1x128, weights in blocks of 128x128; Wgrad takes tiles of 1x128 along the tokens, for
-which the stored activation is dequantised, transposed and cast again. All forms give the bits of `quantize_tiles`, but
-for the exponential function of `swiglu_cast` and the sign of a NaN, which are the backend's.
+which the stored activation is dequantised, transposed and cast again. All implementations give the bits of
+`quantize_tiles`, but for the exponential function of `swiglu_cast` and the sign of a NaN, which are the backend's.
 """
 
 import functools
@@ -72,7 +72,7 @@ def swiglu_cast(
 def requantize_transposed(
     q: QTensor, *, scale: str = "float32", num_sms: int | None = None, implementation: str | None = None
 ) -> QTensor:
-    """Turns tiles of 1x128 along the channels into tiles of 1x128 along the tokens, of the transpose.
+    """Quantises again: from tiles of 1x128 along the channels to tiles of 1x128 along the tokens, of the transpose.
 
     With scales that are powers of two, before and after, a value changes only where it is below 2^-6 of its new scale,
     among the subnormal numbers of E4M3, and then by 2^-10 of the scale at most. With float32 scales every value is

@@ -19,7 +19,7 @@ ONE_LOAD = Case("cast_tokens", 8, 128)
 
 
 def bench_cases() -> list[BenchCase]:
-    """Every real shape; GB/s tell, as nothing is multiplied."""
+    """Every real shape; GB/s are what counts, as nothing is multiplied."""
     return [
         BenchCase(
             op=case.op,
@@ -54,7 +54,7 @@ def check_cases() -> list[CheckCase]:
 
 
 def make_inputs(case: Case, key: jax.Array) -> Inputs:
-    """Normal numbers; the rows of every eighth token are 2^-12 of the others'."""
+    """Normal values; the rows of every eighth token are 2^-12 of the others'."""
     x = jax.random.normal(key, (case.rows, case.columns), case.dtype)
     small = jnp.where(jnp.arange(case.rows) % 8 == 7, jnp.asarray(2.0**-12, x.dtype), jnp.asarray(1, x.dtype))
     x = x * small[:, None]

@@ -23,7 +23,7 @@ def to_e4m3(x: jax.Array) -> jax.Array:
 
 
 def store(ref: Any, x: jax.Array) -> None:
-    """ref[...] = x in any layout of x: jax 0.12 wants to be told that narrow stores will do, 0.11.2 does not ask."""
+    """ref[...] = x in any layout of x: jax 0.12 needs a flag that allows narrow stores, 0.11.2 does not ask."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, x, optimized=False)
     else:

@@ -31,7 +31,7 @@ MUST_CONTAIN = (r"F2FP\.SATFINITE\.E4M3", r"LDG?\.E\.128")
 def cast_tokens(
     x: Float[Array, "*batch K"], *, scale: str, num_sms: int | None = None, interpret: object = None
 ) -> QTensor:
-    """The Hopper form of `api.cast_tokens`.
+    """The Hopper implementation of `api.cast_tokens`.
 
     Raises: NotImplementedError if K is no multiple of 128, or M K / 128 none of 8.
     """
@@ -57,7 +57,7 @@ def cast_tokens(
 def swiglu_cast(
     gate_up: Float[Array, "*batch F2"], *, scale: str, num_sms: int | None = None, interpret: object = None
 ) -> QTensor:
-    """The Hopper form of `api.swiglu_cast`.
+    """The Hopper implementation of `api.swiglu_cast`.
 
     Raises: NotImplementedError if F is no multiple of 1024, which is 8 tiles.
     """
@@ -89,7 +89,7 @@ def swiglu_cast(
 def cast_blocks(
     w: Float[Array, "*batch N K"], *, scale: str, num_sms: int | None = None, interpret: object = None
 ) -> QTensor:
-    """The Hopper form of `api.cast_blocks`: a warpgroup holds a block of 128x128 in its registers.
+    """The Hopper implementation of `api.cast_blocks`: a warpgroup holds a block of 128x128 in its registers.
 
     Raises: NotImplementedError if N or K is no multiple of 128.
     """

@@ -26,7 +26,7 @@ MUST_CONTAIN = (r"LDSM\.16\.MT88\.4", r"F2FP\.SATFINITE\.E4M3", r"UTMASTG")
 
 
 def requantize_transposed(q: QTensor, *, scale: str, num_sms: int | None = None, interpret: object = None) -> QTensor:
-    """The Hopper form of `api.requantize_transposed`.
+    """The Hopper implementation of `api.requantize_transposed`.
 
     Raises: NotImplementedError if M or K is no multiple of 128.
     """

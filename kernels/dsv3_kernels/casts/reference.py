@@ -1,4 +1,4 @@
-"""The casts in their plain form, which XLA fuses; `quantize` says what rounding means.
+"""The casts written plainly, which XLA fuses; `quantize` defines the rounding.
 
 NumPy arrays give NumPy arrays, JAX arrays (also traced) give JAX arrays.
 """

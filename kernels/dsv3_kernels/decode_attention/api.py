@@ -33,13 +33,13 @@ def _plan_pallas(*args: Any, **kwargs: Any) -> Plan:
     return pallas_plan.plan_parts(*args, **kwargs)
 
 
-def _of_lengths(form: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
-    """A form that needs no plan, with the lengths of one if there is one, cut to what the page table holds."""
+def _of_lengths(implementation: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+    """An implementation that needs no plan, with the lengths of one if given, cut to what the page table holds."""
 
     def run(q_latent, q_rope, kv_pages, page_table, seq_lens, plan=None, **static):
         lengths = seq_lens if plan is None else plan.seq_lens
         lengths = jnp.clip(lengths, 0, page_table.shape[1] * PAGE_SIZE)
-        return form(q_latent, q_rope, kv_pages, page_table, lengths, **static)
+        return implementation(q_latent, q_rope, kv_pages, page_table, lengths, **static)
 
     return run
 

@@ -36,25 +36,25 @@ PLANNED_BATCHES = (1, 128, 300)
 
 COMPUTE_BOUND = Published("FlashMLA, H800, its best of compute-bound shapes", tflops=660)
 MEMORY_BOUND = Published("FlashMLA, H800, its best of memory-bound shapes", gbps=3000)
-"""Of 2025-04-22 and 2025-02-24, with a BF16 cache; shapes are not told."""
+"""Of 2025-04-22 and 2025-02-24, with a BF16 cache; shapes are not published."""
 
 BOUND_BY_PRODUCTS = 128
 """Query rows a key from which FlashMLA's authors call it compute-bound."""
 
 WITHOUT_MULTICAST = (DecodeCase(128, 1, 128, 4096), DecodeCase(128, 1, 128, 32768))
-"""Shapes at which the worth of sharing copies is told."""
+"""Shapes at which the worth of sharing copies is measured."""
 
 ONE_TILE = DecodeCase(1, 1, 64, 64)
 """A page for one thread block: probabilities times latents, without multicast and without parts to combine."""
 
 GOAL_SHARE = 0.75
-"""Of the rate of bf16 products, where they bind."""
+"""Of the rate of bf16 matmuls, where they bind."""
 
 FP8_OF_FEW_HEADS = tuple(DecodeCase(128, s, 16, k, is_fp8=True) for s in (1, 2) for k in (4096, 32768))
 """Bound by memory, so that FP8 rows should pay most."""
 
 MAX_DRAWN_PAGES = 8192
-"""Pages of random numbers; a larger pool repeats them at other addresses, which no cache can tell."""
+"""Pages of random values; a larger pool repeats them at other addresses, which no cache can tell."""
 
 
 def bench_cases() -> list[BenchCase]:

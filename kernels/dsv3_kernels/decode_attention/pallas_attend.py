@@ -8,7 +8,7 @@ Barriers (arrivals by warpgroup; a copy arrives when its bytes have). None can l
 - `q_full` (5 copies): the queries of a sequence are there. Awaited by both; the next copies follow `q_free`.
 - `q_free` (2): both have written their outputs out of the queries' memory. Awaited by the bringer.
 - `full[slot, piece]` (1): pieces 0..3 are 128 columns of the latent, 4 the rotary part. The next follows `empty`.
-- `empty[slot, half]` (1): the warpgroup that owns this half of the output has done its last product with the page. It
+- `empty[slot, half]` (1): the warpgroup that owns this half of the output has done its last matmul with the page. It
   is then done with the rotary tile too: that of slot 0 goes with the right half, that of slot 1 with the left, for the
   other warpgroup's P is read last. Awaited by the bringer. With multicast the owners in both blocks arrive, one thread
   of each for each block; that suffices, for tensor cores alone read what a copy overwrites, P's tile included.

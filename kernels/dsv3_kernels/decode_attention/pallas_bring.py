@@ -2,7 +2,7 @@
 
 A page that a sequence fills only in part, or not at all, is the bringer's business too: slots that hold no token may
 hold NaN, and zero times NaN is NaN, so it lets such a page land on `landed` barriers, writes zeros over the rows that
-count for nothing, and only then tells `full`. The consumers see finite numbers only, and the pages of a pair are always
+count for nothing, and only then tells `full`. The consumers see finite values only, and the pages of a pair are always
 both there.
 """
 

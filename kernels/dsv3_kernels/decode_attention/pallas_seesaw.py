@@ -1,4 +1,4 @@
-"""The seesaw of the decoding kernel: how two warpgroups share the products and the softmax of a pair of pages.
+"""The seesaw of the decoding kernel: how two warpgroups share the matmuls and the softmax of a pair of pages.
 
 Each holds half of the output, 64 rows by 256 columns, in registers. Pages come in pairs, one in each slot. With
 S_w = Q K_w^T and V_w = K_w's latent:
@@ -11,7 +11,7 @@ S_w = Q K_w^T and V_w = K_w's latent:
     tell P_0; O_L = O_L e^(m_0 - m_1) + P_1 V_1L  await P_0; O_R += P_0 V_0R
     m = m_1                                       m = m_1
 
-so that the softmax of one overlaps products of the other. Each keeps its own P in registers for its own product, and
+so that the softmax of one overlaps matmuls of the other. Each has its own P in registers for its own matmul, and
 writes it over the rotary tile of its page, which nobody reads once S_w is there, for the other's.
 """
 
@@ -53,7 +53,7 @@ def compute(w: int, seg: Segment, last, s: Scratch, scale_log2: float, interpret
 
     def pair(i, carry):
         *acc, m, total = carry
-        # Zero, but the compiler cannot know: the descriptors of 44 products would else be loop invariants, computed
+        # Zero, but the compiler cannot know: the descriptors of 44 matmuls would else be loop invariants, computed
         # before the loop and spilled.
         zero = lax.optimization_barrier(jnp.int32(0))
 
@@ -106,7 +106,7 @@ def compute(w: int, seg: Segment, last, s: Scratch, scale_log2: float, interpret
 
 
 def _tell(tile, p, barrier) -> None:
-    """Writes P for the other warpgroup's products; the fence makes it visible to the tensor cores."""
+    """Writes P for the other warpgroup's matmuls; the fence makes it visible to the tensor cores."""
     tile[...] = p.astype(jnp.bfloat16)
     plgpu.commit_smem()
     plgpu.barrier_arrive(barrier)

@@ -44,7 +44,7 @@ def mla_decode_reference(
 
 
 def to_floats(rows: Shaped[Array, "*batch W"]) -> Float[Array, "*batch X"]:
-    """Cache rows as numbers: bytes of the FP8 cache are dequantised to BF16, anything else is passed on."""
+    """Cache rows as floats: bytes of the FP8 cache are dequantised to BF16, anything else is passed on."""
     if rows.dtype != jnp.uint8:
         return rows
     return jnp.concatenate(unpack_fp8_cache_rows(rows), axis=-1)

@@ -24,7 +24,7 @@ def mla_decode_xla(
     softmax_scale: float,
     causal: bool = True,
 ) -> tuple[Float[Array, "B S H C"], Float32[Array, "B H S"]]:
-    """Twin of `mla_decode_reference`: products in the cache's dtype, sums in float32, one running maximum a row."""
+    """Twin of `mla_decode_reference`: matmuls in the cache's dtype, sums in float32, one running maximum a row."""
     B, S, H, C = q_latent.shape
     num_pages, page_size, _ = kv_pages.shape
     pages_per_chunk = min(PAGES_PER_CHUNK, page_table.shape[1])

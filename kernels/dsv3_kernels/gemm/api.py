@@ -20,7 +20,7 @@ from dsv3_kernels.quantize import QTensor
 
 
 def _pallas(*args: Any, **kwargs: Any) -> Array:
-    """The form for Hopper, in a module that needs jax 0.11.2 and loads when first used."""
+    """The implementation for Hopper, in a module that needs jax 0.11.2 and loads when first used."""
     from dsv3_kernels.gemm import pallas_sm90
 
     return pallas_sm90.fp8_gemm(*args, **kwargs)
@@ -48,8 +48,8 @@ def fp8_gemm(
 ) -> Float[Array, "M N"]:
     """Multiplies a [M, K] by the transpose of b [N, K] (DeepSeek-V3 report, section 3.3).
 
-    Two-level accumulation: the product over each 128 elements of K is a float32 partial sum, which is multiplied by
-    both scales and added in float32. The forms differ in the order of additions, so in the last bits of float32.
+    Two-level accumulation: the matmul over each 128 elements of K is a float32 partial sum, which is multiplied by
+    both scales and added in float32. The implementations differ in the order of additions, so in float32's last bits.
     K, M and N may be any size; K % 128 != 0 leaves a shorter last block with a scale of its own.
 
     Args:
@@ -57,13 +57,13 @@ def fp8_gemm(
         b: values [N, K]; scales [ceil(N/128), ceil(K/128)] of tile=(128, 128) (forward, input gradient) or
             [N, ceil(K/128)] of tile=(1, 128) (weight gradient).
         out_dtype: bfloat16 or float32; float32 with `accumulate_into`.
-        accumulate_into: float32 [M, N] that the product is added to. Donate it to reuse its memory.
+        accumulate_into: float32 [M, N] that the result is added to. Donate it to reuse its memory.
         num_sms: multiprocessors that the kernel may use, to leave others to communication; None for all.
         implementation: None for the fastest on the target, or "reference", "xla", "pallas".
     Returns: [M, N]. A NaN or infinity in a row of `a` stays in that row.
     Raises:
-        ValueError: shapes or dtypes that do not fit, with the remedy.
-        NotImplementedError: a form that cannot serve these inputs or this device.
+        ValueError: shapes or dtypes that do not fit, with how to fix them.
+        NotImplementedError: an implementation that cannot serve these inputs or this device.
     """
     op = "fp8_gemm"
     a = checked_operand(op, "a", a, rank=2, row_tiles=(1,))

@@ -72,7 +72,7 @@ def bench_cases() -> list[BenchCase]:
 
 
 def check_cases() -> list[CheckCase]:
-    """Every case against the product of the unquantised operands; power-of-two scales; the operands themselves."""
+    """Every case against the matmul of the unquantised operands; power-of-two scales; the operands themselves."""
     ordered = (*UGLY_CASES, *(case for case in CASES if not case.is_small))
     powers = [case for case in HEADLINE if case.n == 4096]
     return [
@@ -126,7 +126,7 @@ def _bench_called(case: GemmCase) -> BenchCase:
 
 
 def _bench_on(case: GemmCase, num_sms: int) -> BenchCase:
-    """What is left to a product beside communication."""
+    """What is left to a matmul beside communication."""
     return _bench(case)._replace(
         name=f"{case.name} on {num_sms} SMs",
         kernel=functools.partial(_run, case, implementation="pallas", num_sms=num_sms),
@@ -179,7 +179,7 @@ def _run(case: GemmCase, inputs: GemmInputs, implementation: str, num_sms: int |
 
 
 def _exact(inputs: GemmInputs) -> Array:
-    """The product of the unquantised operands; bf16 factors are exact in XLA's product, sums are float32."""
+    """The matmul of the unquantised operands; bf16 factors are exact in XLA's matmul, sums are float32."""
     return _added(bf16_product(inputs.exact_a, inputs.exact_b, jnp.float32), inputs)
 
 

@@ -50,7 +50,7 @@ class GemmCase(NamedTuple):
 
 
 class GemmInputs(NamedTuple):
-    """Fresh operands of a case, and the bfloat16 numbers that they were quantised from."""
+    """Fresh operands of a case, and the bfloat16 values that they were quantised from."""
 
     a: QTensor
     b: QTensor
@@ -118,5 +118,5 @@ def make_inputs(case: GemmCase, key: Array, *, scale: str = "float32") -> GemmIn
 
 
 def normal(key: Array, shape: tuple[int, ...]) -> Array:
-    """Standard normal numbers, drawn in float32 and rounded to bfloat16."""
+    """Standard normal values, drawn in float32 and rounded to bfloat16."""
     return jax.random.normal(key, shape, jnp.float32).astype(jnp.bfloat16)

@@ -28,7 +28,7 @@ def fp8_gemm(
     num_sms: int | None = None,
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
-    """The form for sm_90a of `dsv3_kernels.gemm.api.fp8_gemm`.
+    """The implementation for sm_90a of `dsv3_kernels.gemm.api.fp8_gemm`.
 
     Args:
         tile: None for that of the tuned table.

@@ -1,8 +1,8 @@
-"""The FP8 GEMM for any backend: dequantised operands and one float32 product, or on GPUs a bfloat16 one a block.
+"""The FP8 GEMM for any backend: dequantised operands and one float32 matmul, or on GPUs a bfloat16 one a block.
 
-A product of two E4M3 numbers and their scales is rounded once before it is added, where the definition rounds it not
+A product of two E4M3 values and their scales is rounded once before it is added, where the definition rounds it not
 at all and the sum of a block twice: a difference of a few units in the last place of float32. It takes 4 bytes an
-element of both operands; one product batched over the blocks would take 4 M N K / 128.
+element of both operands; one matmul batched over the blocks would take 4 M N K / 128.
 
 GPUs multiply float32 at a small part of the rate of bfloat16, in which E4M3 is exact. There a loop of known length
 takes one block of the contraction at a time, so that scales are applied to sums of 128 as in the definition.

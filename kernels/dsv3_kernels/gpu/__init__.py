@@ -1,1 +1,1 @@
-"""What runs on a GPU only: comparisons of every kernel with its plain form, and its speed beside others'."""
+"""What runs on a GPU only: comparisons of every kernel with its plain implementation, and its speed beside others'."""

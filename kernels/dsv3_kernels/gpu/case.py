@@ -52,9 +52,9 @@ class BenchCase(NamedTuple):
     make_inputs: Callable[[jax.Array], Any]
     """A random key -> fresh inputs, any pytree of arrays; what a candidate does not use costs it nothing."""
     kernel: Callable[[Any], Any]
-    """The Pallas form, a function of the inputs; may raise NotImplementedError."""
+    """The Pallas implementation, a function of the inputs; may raise NotImplementedError."""
     others: Mapping[str, Callable[[Any], Any]]
-    """Other ways to the same product, by name; also functions of the inputs."""
+    """Other ways to the same result, by name; also functions of the inputs."""
     flops: float
     num_bytes: float
     """What must be read and written at least once."""
@@ -62,11 +62,11 @@ class BenchCase(NamedTuple):
     torch: TorchProblem | None = None
     """The same as a problem for torch, if it computes it."""
     is_quick: bool = False
-    """Whether `--quick` keeps it."""
+    """Whether `--quick` runs it."""
     is_bf16: bool = False
-    """Whether its products are of bf16, so that their rate is its ceiling, not that of FP8."""
+    """Whether its matmuls are of bf16, so that their rate is its ceiling, not that of FP8."""
     goal_share: float | None = None
-    """The share of the rate of products to be reached where they bind; None for the published figure, or all of it."""
+    """The share of the rate of matmuls to be reached where they bind; None for the published figure, or all of it."""
     num_launches: int = 1
     """Launches that it cannot do without, which cost something whatever they do."""
 
@@ -91,12 +91,12 @@ class CheckCase(NamedTuple):
     make_inputs: Callable[[jax.Array], Any]
     """A random key -> fresh inputs, any pytree of arrays."""
     run: Callable[[Any, str], Any]
-    """The inputs and the name of a form -> arrays; may raise NotImplementedError."""
+    """The inputs and the name of an implementation -> arrays; may raise NotImplementedError."""
     comparisons: tuple[Comparison, ...]
     is_small: bool = False
     """Whether a CPU can afford it."""
     is_plain: bool = False
-    """Whether it is one for the plain forms alone: the kernel is not made for it. Any other that it refuses fails."""
+    """Whether it is one for the plain implementations alone: the kernel is not made for it. Others it refuses fail."""
     path: str = ""
     """One of PATHS (or another that you would see tried first), if this is the smallest case that takes it."""
 
@@ -143,7 +143,7 @@ def in_turns(cases: Sequence[Case]) -> list[Case]:
 
 
 def fp8_limit(num_outputs: int) -> float:
-    """The largest `calc_diff` of an FP8 product from that of its unquantised standard normal operands.
+    """The largest `calc_diff` of an FP8 matmul from that of its unquantised standard normal operands.
 
     DeepGEMM's 1e-3. The mean is 6.8e-4, and of a hundred outputs it scatters by 1e-4, so that a few get twice that.
     """

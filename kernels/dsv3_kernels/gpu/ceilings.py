@@ -1,4 +1,4 @@
-"""What this machine reaches at best: bytes copied a second, and products of large matrices in bf16 and FP8."""
+"""What this machine reaches at best: bytes copied a second, and matmuls of large matrices in bf16 and FP8."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ Measure = Callable[[Callable[[Any], Any], Sequence[Any]], float]
 
 
 class Ceilings(NamedTuple):
-    """Rates in units a second; a matrix product counts 2 M N K."""
+    """Rates in units a second; a matmul counts 2 M N K."""
 
     copy_bytes: float
     bf16_flops: float
@@ -30,7 +30,7 @@ class Ceilings(NamedTuple):
         return max(memory, compute) / seconds, "memory" if memory > compute else "compute"
 
     def bounds(self, flops: float, num_bytes: float, *, is_bf16: bool = False) -> tuple[float, float]:
-        """Seconds that the bytes and the products need at least."""
+        """Seconds that the bytes and the matmuls need at least."""
         rate = self.bf16_flops if is_bf16 else max(self.fp8_flops, self.bf16_flops)
         return num_bytes / self.copy_bytes, flops / rate
 
@@ -53,7 +53,7 @@ def bf16_product(a: Array, b: Array, out_dtype: jax.typing.DTypeLike = jnp.bfloa
 
 
 def fp8_product(a: Array, b: Array, out_dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Array:
-    """a · bᵀ of E4M3 without scales by XLA, which has cuBLASLt's FP8 product to choose.
+    """a · bᵀ of E4M3 without scales by XLA, which has cuBLASLt's FP8 matmul to choose.
 
     A scale for each whole operand would ride along in the same kernel.
     """

@@ -157,7 +157,7 @@ def _answer(process: _Process, limit: float, tell: Callable[[float], None]) -> d
 
 
 def _lost(process: _Process, written: int, error: Exception) -> Lost:
-    """Why there is no answer; a process that still runs is made to tell where it is, then killed."""
+    """Why there is no answer; a process that still runs is made to write where it is, then killed."""
     has_hung = isinstance(error, TimeoutError)
     if has_hung:
         process.popen.send_signal(signal.SIGABRT)  # Python's fault handler writes the stacks of all threads

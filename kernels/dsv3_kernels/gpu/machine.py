@@ -1,4 +1,4 @@
-"""The GPU of this process, if there is one, and what a result must say of where it was measured."""
+"""The GPU of this process, if there is one, and what a result must record of where it was measured."""
 
 import hashlib
 import importlib.metadata
@@ -32,7 +32,7 @@ def gpu() -> Any | None:
 
 
 def no_gpu(command: str = "make gpu") -> str:
-    """What a program says where there is none, and which command to give where there is one."""
+    """What a program prints where there is none, and which command to give where there is one."""
     return (
         f"No GPU here (jax {jax.__version__} runs on {jax.devices()[0].platform}): nothing was run. "
         f'On a machine with an NVIDIA GPU: pip install "jax[cuda13]", then {command}.'
@@ -52,7 +52,7 @@ def describe() -> dict[str, Any]:
 
 
 def source_digest(modules: Iterable[str] = ()) -> str:
-    """What tells these sources from any others, committed or not: a digest of the package and of further modules."""
+    """What distinguishes these sources from any others, committed or not: a digest of the package and more modules."""
     specs = [importlib.util.find_spec(name) for name in modules]
     files = [*sorted(PACKAGE.rglob("*.py")), *sorted(PACKAGE.rglob("*.json"))]
     files += [Path(spec.origin) for spec in specs if spec and spec.origin]

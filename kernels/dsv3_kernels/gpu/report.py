@@ -44,7 +44,7 @@ are their bytes at 2.9 TB/s, taken for an H800's, and 1 to 5 µs; at 64 x 2112 x
 def goal_seconds(case: BenchCase, ceilings: Ceilings) -> float:
     """What a launch should take at most.
 
-    Bound by memory: the bytes at the measured copy rate, and 3 µs for each launch. Bound by products: the share that is
+    Bound by memory: the bytes at the measured copy rate, and 3 µs for each launch. Bound by matmuls: the share that is
     the case's goal of their measured rate, else the published rate, else all of the measured one.
     """
     memory, compute = ceilings.bounds(case.flops, case.num_bytes, is_bf16=case.is_bf16)
@@ -93,13 +93,13 @@ def markdown(machine: Mapping[str, Any], ceilings: Ceilings, rows: Sequence[Row]
     lines = [f"# {machine['device']}", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items() if name != "device"]
     lines += [
-        f"- ceilings measured in this run: copy {ceilings.copy_bytes / 1e9:.0f} GB/s, product of large matrices "
+        f"- ceilings measured in this run: copy {ceilings.copy_bytes / 1e9:.0f} GB/s, matmul of large matrices "
         f"{ceilings.bf16_flops / 1e12:.0f} TFLOPS in bf16, {ceilings.fp8_flops / 1e12:.0f} in FP8 without scales",
         "",
         "`µs`: all that a call launches; `alone`: the longest of its kernels, of so many. `goal`: bound by memory, the "
-        f"bytes at the copy rate and {LAUNCH * 1e6:.0f} µs a launch; bound by products, a share of their rate that the "
+        f"bytes at the copy rate and {LAUNCH * 1e6:.0f} µs a launch; bound by matmuls, a share of their rate that the "
         "case sets, else the published rate, else all of theirs; `of goal`: it by the time taken, 100% reaches it. "
-        "`of ceiling`: time that the bytes need at the copy rate or the products at the FP8 rate (bf16 products: at "
+        "`of ceiling`: time that the bytes need at the copy rate or the matmuls at the FP8 rate (bf16 matmuls: at "
         "theirs), whichever is longer (m, c), by the time taken. `×`: how many times as long the other way takes; "
         "above 1 the kernel is faster. In brackets which of torch's ways it is, the fastest of those tried.",
     ]

@@ -30,7 +30,7 @@ class Times(NamedTuple):
     least: float
     most: float
     kernels: tuple[float, ...] = ()
-    """Median of each of its kernels, in their order; () where the clock does not tell them apart."""
+    """Median of each of its kernels, in their order; () where the clock does not separate them."""
 
 
 def num_input_sets(num_bytes: float) -> int:

@@ -37,7 +37,7 @@ def with_torch(rows: Sequence[Row], ask: Callable[[dict[str, Any]], Answers], cl
 
 
 def run_peer(python: str, request: dict[str, Any], seconds: float) -> Answers:
-    """What the process said within the time; its death or an answer cut short costs what it had not said yet."""
+    """What the process answered within the time; its death or an answer cut short costs what was still to come."""
     path = os.pathsep.join([str(machine.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""FP8 GEMMs of many groups in one call: the products of a mixture of experts, forward and backward."""
+"""FP8 GEMMs of many groups in one call: the matmuls of a mixture of experts, forward and backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ from dsv3_kernels.quantize import QTensor
 
 
 def _pallas(op: str) -> Callable[..., Array]:
-    """The form for Hopper, in a module that needs jax 0.11.2 and loads when first used."""
+    """The implementation for Hopper, in a module that needs jax 0.11.2 and loads when first used."""
 
     def form(*args: Any, **kwargs: Any) -> Array:
         from dsv3_kernels.grouped_gemm import pallas_sm90
@@ -83,8 +83,8 @@ def grouped_fp8_gemm(
         implementation: None for the fastest on the target, or "reference", "xla", "pallas".
     Returns: [M, N]; rows of skipped blocks are zeros, whatever `a` holds there.
     Raises:
-        ValueError: shapes or dtypes that do not fit, with the remedy.
-        NotImplementedError: a form that cannot serve these inputs or this device.
+        ValueError: shapes or dtypes that do not fit, with how to fix them.
+        NotImplementedError: an implementation that cannot serve these inputs or this device.
     """
     op = "grouped_fp8_gemm"
     a = checked_operand(op, "a", a, rank=2, row_tiles=(1,))
@@ -120,9 +120,9 @@ def grouped_fp8_gemm_masked(
 ) -> Float[Array, "G M N"]:
     """Multiplies the first valid_rows[g] rows of a[g] by b[g]ᵀ: static shapes for decoding.
 
-    Rows at or past valid_rows[g] come out as zeros in every form. Writing them costs 2 N bytes a row and no reading;
-    left as they were they would be whatever the memory held, and a NaN there survives a combination weight of zero.
-    Keep M near the rows that can arrive.
+    Rows at or past valid_rows[g] come out as zeros in every implementation. Writing them costs 2 N bytes a row and
+    no reading; left as they were they would be whatever the memory held, and a NaN there survives a combination weight
+    of zero. Choose M near the rows that can arrive.
 
     Args:
         a: values [G, M, K], scales [G, M, ceil(K/128)]; M may be any size.
@@ -133,8 +133,8 @@ def grouped_fp8_gemm_masked(
         implementation: None for the fastest on the target, or "reference", "xla", "pallas".
     Returns: [G, M, N].
     Raises:
-        ValueError: shapes or dtypes that do not fit, with the remedy.
-        NotImplementedError: a form that cannot serve these inputs or this device.
+        ValueError: shapes or dtypes that do not fit, with how to fix them.
+        NotImplementedError: an implementation that cannot serve these inputs or this device.
     """
     op = "grouped_fp8_gemm_masked"
     a = checked_operand(op, "a", a, rank=3, row_tiles=(1,))
@@ -182,8 +182,8 @@ def grouped_fp8_gemm_k(
         implementation: None for the fastest on the target, or "reference", "xla", "pallas".
     Returns: float32 [G, M, N]; a group without blocks gives zeros, or what it accumulates into.
     Raises:
-        ValueError: shapes or dtypes that do not fit, with the remedy.
-        NotImplementedError: a form that cannot serve these inputs or this device.
+        ValueError: shapes or dtypes that do not fit, with how to fix them.
+        NotImplementedError: an implementation that cannot serve these inputs or this device.
     """
     op = "grouped_fp8_gemm_k"
     a = checked_operand(op, "a", a, rank=2, row_tiles=(1,))
@@ -205,7 +205,7 @@ def grouped_fp8_gemm_k(
         each=f"{BLOCK} elements of K",
         lowest=-1,
         highest=num_groups - 1,
-        rule="num_groups says how many there are, and -1 skips a block",
+        rule="num_groups is how many there are, and -1 skips a block",
     )
     check_neighbours(op, "block_group", block_group)
     if accumulate_into is not None:

@@ -56,7 +56,7 @@ def bench_cases() -> list[BenchCase]:
 
 
 def check_cases() -> list[CheckCase]:
-    """Every case, small ones first, against the products of the unquantised operands."""
+    """Every case, small ones first, against the matmuls of the unquantised operands."""
     return [
         *(_check_contiguous(case) for case in _small_first(cases.CONTIGUOUS_CASES)),
         *(_check_masked(case) for case in _small_first(cases.MASKED_CASES)),
@@ -87,7 +87,7 @@ def _called(row: BenchCase, run: Callable[..., Array], num_elements: int) -> Ben
 
 
 def _on(row: BenchCase, run: Callable[..., Array], num_sms: int) -> BenchCase:
-    """What is left to products beside communication."""
+    """What is left to matmuls beside communication."""
     return row._replace(
         name=f"{row.name} on {num_sms} SMs",
         kernel=functools.partial(run, implementation="pallas", num_sms=num_sms),
@@ -142,7 +142,7 @@ def _contiguous(inputs: GroupedInputs, implementation: str, num_sms: int | None 
 
 
 def _contiguous_bf16(case: ContiguousCase, inputs: GroupedInputs) -> Array:
-    """One batched product for groups of one size, else one product a group."""
+    """One batched matmul for groups of one size, else one matmul a group."""
     if not _is_even(case.blocks):
         return _contiguous_products(case, bf16_product, inputs.exact_a, inputs.exact_b)
     return bf16_product(inputs.exact_a.reshape(len(case.blocks), -1, case.k), inputs.exact_b)
@@ -255,7 +255,7 @@ def _contraction(case: ContractionCase, inputs: GroupedInputs, implementation: s
 
 
 def _contraction_bf16(case: ContractionCase, inputs: GroupedInputs) -> Array:
-    """One product a group, float32 results; the product of the unquantised operands, for bf16 factors are exact."""
+    """One matmul a group, float32 results; the matmul of the unquantised operands, for bf16 factors are exact."""
     products, start = [], 0
     for blocks in case.blocks:
         part = slice(start, start + blocks * BLOCK)

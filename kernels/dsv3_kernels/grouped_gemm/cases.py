@@ -76,7 +76,7 @@ class ContractionCase(NamedTuple):
 
 
 class GroupedInputs(NamedTuple):
-    """Fresh operands of a case, and the bfloat16 numbers that they were quantised from."""
+    """Fresh operands of a case, and the bfloat16 values that they were quantised from."""
 
     a: QTensor
     b: QTensor
@@ -199,14 +199,14 @@ def make_contiguous(case: ContiguousCase, key: Array, *, scale: str = "float32")
 
 
 def make_masked(case: MaskedCase, key: Array, *, scale: str = "float32") -> GroupedInputs:
-    """Standard normal operands in bfloat16, quantised with `scale`; padding rows hold numbers, too."""
+    """Standard normal operands in bfloat16, quantised with `scale`; padding rows hold values, too."""
     groups = len(case.valid)
     exact_a, exact_b = _normals(key, (groups, case.m, case.k), (groups, case.n, case.k))
     return _inputs(exact_a, exact_b, (128, 128), np.array(case.valid, np.int32), None, scale)
 
 
 def make_contraction(case: ContractionCase, key: Array, *, scale: str = "float32") -> GroupedInputs:
-    """Standard normal operands in bfloat16, quantised with `scale`, and sums to add to where the case says so."""
+    """Standard normal operands in bfloat16, quantised with `scale`, and sums to add to where the case wants them."""
     exact_a, exact_b = _normals(key, (case.m, case.k), (case.n, case.k))
     shape = (len(case.blocks), case.m, case.n)
     sums = jax.random.normal(jax.random.fold_in(key, 2), shape, jnp.float32) if case.accumulates else None

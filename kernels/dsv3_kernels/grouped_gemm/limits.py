@@ -1,4 +1,4 @@
-"""What the Hopper kernels of the grouped products do not take."""
+"""What the Hopper kernels of the grouped matmuls do not take."""
 
 from typing import Any
 

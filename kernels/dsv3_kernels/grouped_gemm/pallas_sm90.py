@@ -31,7 +31,7 @@ def grouped_fp8_gemm(
     num_sms: int | None = None,
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
-    """The form for sm_90a of `dsv3_kernels.grouped_gemm.api.grouped_fp8_gemm`.
+    """The implementation for sm_90a of `dsv3_kernels.grouped_gemm.api.grouped_fp8_gemm`.
 
     A tile lies within one block of 128 rows, so it has one group; blocks of a cluster share the rows of a.
     """
@@ -64,7 +64,7 @@ def grouped_fp8_gemm_masked(
     num_sms: int | None = None,
     interpret: Any = None,
 ) -> Float[Array, "G M N"]:
-    """The form for sm_90a of `dsv3_kernels.grouped_gemm.api.grouped_fp8_gemm_masked`.
+    """The implementation for sm_90a of `dsv3_kernels.grouped_gemm.api.grouped_fp8_gemm_masked`.
 
     First all tiles that have valid rows are dealt out, group after group, then those that are filled with zeros: both
     kinds evenly, whatever the sizes of the groups.
@@ -122,7 +122,7 @@ def grouped_fp8_gemm_k(
     num_sms: int | None = None,
     interpret: Any = None,
 ) -> Float[Array, "G M N"]:
-    """The form for sm_90a of `dsv3_kernels.grouped_gemm.api.grouped_fp8_gemm_k`.
+    """The implementation for sm_90a of `dsv3_kernels.grouped_gemm.api.grouped_fp8_gemm_k`.
 
     Where a group's blocks begin and how many there are the producer finds out, from `block_group`, before it loads.
     """
@@ -247,7 +247,7 @@ def _run(
     num_sms: int,
     interpret: Any,
 ) -> jax.Array:
-    """A product with weights that share scales in 128x128 blocks."""
+    """A matmul with weights that share scales in 128x128 blocks."""
     result = kernel.gemm(
         op,
         padding.padded_operands(a, b),

@@ -1,4 +1,4 @@
-"""The grouped FP8 GEMMs by their definitions: every group's dense product, and the rows that are its own."""
+"""The grouped FP8 GEMMs by their definitions: every group's dense matmul, and the rows that are its own."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def grouped_fp8_gemm_masked(
 def grouped_fp8_gemm_k(
     a: QTensor, b: QTensor, block_group: Array, accumulate_into: Array | None = None, *, num_groups: int
 ) -> Float[Array, "G M N"]:
-    """out[g] is the sum of the products of the blocks of the contraction that belong to g."""
+    """out[g] is the sum of the matmuls of the blocks of the contraction that belong to g."""
     M, K = a.values.shape
     N = b.values.shape[0]
     out = jnp.zeros((num_groups, M, N), jnp.float32)

@@ -1,4 +1,4 @@
-"""The grouped FP8 GEMMs for any backend: one dense product at a time, of a block of rows or of a group.
+"""The grouped FP8 GEMMs for any backend: one dense matmul at a time, of a block of rows or of a group.
 
 Each step dequantises what it multiplies, so that the float32 copy is one group's weight and not all of them. On GPUs a
 loop of known length over the blocks of the contraction takes all rows at once, in bfloat16 (see `gemm.xla`); a loop

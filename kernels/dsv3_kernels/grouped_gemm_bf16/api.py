@@ -1,4 +1,4 @@
-"""GEMMs of many groups in one call, in the dtype of their operands: the products of a mixture of experts."""
+"""GEMMs of many groups in one call, in the dtype of their operands: the matmuls of a mixture of experts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ NO_GRADIENT = (
 
 
 def _pallas(op: str) -> Callable[..., Array]:
-    """The form for Hopper, in a module that needs jax 0.11.2 and loads when first used."""
+    """The implementation for Hopper, in a module that needs jax 0.11.2 and loads when first used."""
 
     def form(*args: Any, **kwargs: Any) -> Array:
         from dsv3_kernels.grouped_gemm_bf16 import pallas_sm90
@@ -132,9 +132,7 @@ def grouped_matmul_k(
         )
     if num_groups < 1:
         raise ValueError(f"{op}: num_groups={num_groups} must be at least 1; give the number of weights.")
-    ids = _checked_blocks(
-        op, block_group, a.shape[0], highest=num_groups - 1, rule="num_groups says how many there are"
-    )
+    ids = _checked_blocks(op, block_group, a.shape[0], highest=num_groups - 1, rule="num_groups is how many there are")
     check_neighbours(op, "block_group", block_group)
     return dispatch.run(
         CONTRACTION, implementation, a, b, ids, num_sms=num_sms, num_groups=int(num_groups), out_dtype=out_dtype

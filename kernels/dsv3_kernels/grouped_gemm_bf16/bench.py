@@ -71,7 +71,7 @@ def _bench(direction: str, case: GroupedCase) -> BenchCase:
     op, run, plain = DIRECTIONS[direction]
     rows, groups = sum(case.sizes) * case.block, len(case.sizes)
     weight_size = 4 if op == "grouped_matmul_k" else 2
-    others = {"XLA, a product a group": functools.partial(plain, case)}
+    others = {"XLA, a matmul a group": functools.partial(plain, case)}
     if direction == "forward":
         others["jax.lax.ragged_dot"] = functools.partial(_ragged_dot, case)
     return BenchCase(
@@ -96,7 +96,7 @@ def _check(direction: str, case: GroupedCase) -> CheckCase:
         make_inputs=functools.partial(cases.make_inputs, case),
         run=functools.partial(run, case),
         comparisons=(
-            Comparison("product a group", expected, diff, 1e-5),
+            Comparison("matmul a group", expected, diff, 1e-5),
             Comparison("worst element", expected, worst, 1.0),
         ),
         is_small=case.is_small,

@@ -1,7 +1,7 @@
 """Sizes of DeepSeek's experts in bf16, and ugly ones; shared by tests, compilation and benches.
 
 V2-Lite has 64 experts of 1408 between layers of 2048; V3 has experts of 2048 between layers of 7168, of which a device
-holds 8 where 32 share them. Gate and up are one product. Groups are of random sizes, 0.7 to 1.3 of the stated one.
+holds 8 where 32 share them. Gate and up are one matmul. Groups are of random sizes, 0.7 to 1.3 of the stated one.
 """
 
 from typing import NamedTuple
@@ -77,7 +77,7 @@ CASES = (
 
 
 def make_inputs(case: GroupedCase, key: Array, *, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> GroupedInputs:
-    """Standard normal operands; what is skipped holds numbers, too."""
+    """Standard normal operands; what is skipped holds values, too."""
 
     def normal(i: int, *shape: int) -> Array:
         return jax.random.normal(jax.random.fold_in(key, i), shape, dtype)

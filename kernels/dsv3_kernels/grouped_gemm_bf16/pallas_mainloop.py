@@ -3,7 +3,7 @@
 Barriers. Slot s of a ring of `stages` has two, and every thread waits for each of their phases once:
 - full[s]: arrives once for each of the 2 copies of a stage, and completes when their bytes have landed.
 - empty[s]: arrives once a consumer, when the tensor cores are done with the slot. The producer waits.
-A consumer lets go of a slot one step late, when at most the products after it are under way: so the tensor cores always
+A consumer lets go of a slot one step late, when at most the matmuls after it are under way: so the tensor cores always
 have the next ones queued. It always holds one slot, therefore: the one before the next. At the start that is the last
 of the ring, and when all tiles are done the last one read is let go. The producer waits once more for every slot.
 """
@@ -92,7 +92,7 @@ def multiply_tile(tile: Tile, layout: Layout, ring: Ring, work: Work, slot: Any,
 
 
 def release_before(tile: Tile, ring: Ring, slot: Any) -> None:
-    """Says that this consumer is done with the slot before `slot`."""
+    """Signals that this consumer is done with the slot before `slot`."""
     plgpu.barrier_arrive(ring.empty.at[lax.select(slot == 0, jnp.int32(tile.stages - 1), slot - 1)])
 
 

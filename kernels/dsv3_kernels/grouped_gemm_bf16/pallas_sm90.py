@@ -66,7 +66,7 @@ def grouped_matmul(
     num_sms: int | None = None,
     interpret: Any = None,
 ) -> Float[Array, "M Z"]:
-    """The form for sm_90a of `dsv3_kernels.grouped_gemm_bf16.api.grouped_matmul`.
+    """The implementation for sm_90a of `dsv3_kernels.grouped_gemm_bf16.api.grouped_matmul`.
 
     A tile of 128 rows begins where a group does, or 128 rows further. If the group has but 64 rows left, the other
     consumer multiplies rows of the next group, and does not store them.
@@ -123,7 +123,7 @@ def grouped_matmul_k(
     num_sms: int | None = None,
     interpret: Any = None,
 ) -> Float[Array, "G A Z"]:
-    """The form for sm_90a of `dsv3_kernels.grouped_gemm_bf16.api.grouped_matmul_k`.
+    """The implementation for sm_90a of `dsv3_kernels.grouped_gemm_bf16.api.grouped_matmul_k`.
 
     Both operands are contracted along their rows as they are: the tensor cores read 16-bit elements in either order.
     """

@@ -1,4 +1,4 @@
-"""The grouped GEMMs by their definitions: every group's dense product in float32, and the rows that are its own."""
+"""The grouped GEMMs by their definitions: every group's dense matmul in float32, and the rows that are its own."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The grouped GEMMs for any backend: one dense product of a block of rows at a time.
+"""The grouped GEMMs for any backend: one dense matmul of a block of rows at a time.
 
 The number of steps is that of the blocks, known to the compiler. (`jax.lax.ragged_dot` multiplies all rows by every
 group's weight on GPUs, and masks.)

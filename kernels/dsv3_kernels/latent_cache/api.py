@@ -64,7 +64,7 @@ def cache_write(
         kv_pages: [N, 64, C + R] of any float type, or uint8 [N, 64, 656] (FP8 rows; C = 512, R = 64).
         kv_down: what W^DKV and W^KR give: the latent, C wide, and the key part before rope, R wide.
         norm_scale: of the latent's RMSNorm.
-        cos: [B, T, R/2] float32, of the angles that turn the interleaved pairs (2i, 2i + 1).
+        cos: [B, T, R/2] float32, of the angles that rotate the interleaved pairs (2i, 2i + 1).
         sin: likewise.
         page_table: the pages of each sequence, in order.
         starts: tokens that each sequence has in the cache already.
@@ -84,7 +84,7 @@ def cache_write(
         raise ValueError(f"kv_down is {X} wide, norm_scale {C}; the latent must leave room for the key part.")
     if kv_pages.dtype == jnp.uint8:
         if (C, X - C) != (LATENT_DIM, ROPE_DIM):
-            raise ValueError(f"FP8 rows hold {LATENT_DIM} + {ROPE_DIM} numbers, kv_down has {C} + {X - C}.")
+            raise ValueError(f"FP8 rows hold {LATENT_DIM} + {ROPE_DIM} elements, kv_down has {C} + {X - C}.")
     elif kv_pages.shape[2] != X:
         raise ValueError(f"kv_pages has rows of {kv_pages.shape[2]}, kv_down of {X}; they must be as wide.")
     for name, x in (("cos", cos), ("sin", sin)):

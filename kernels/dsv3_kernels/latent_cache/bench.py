@@ -13,8 +13,8 @@ from dsv3_kernels.latent_cache.cases import CASES, PAGE_SIZE, UGLY, Case
 from dsv3_kernels.latent_cache.fp8_rows import LATENT_DIM, ROPE_DIM, ROW_BYTES, unpack_fp8_cache_rows
 
 LIMITS = {False: 2.0**-7, True: 2.0**-5}
-"""Of a row's error over its norm. Where a last bit of the mean turns a rounding, a number is a step of bfloat16 off; or
-a number of E4M3 an eighth, or a scale a step of bfloat16, which turns a few per cent of its tile."""
+"""Of a row's error over its norm. Where a last bit of the mean changes a rounding, an element is off by a step of
+bfloat16; or an element of E4M3 an eighth, or a scale a step of bfloat16, which changes a few per cent of its tile."""
 
 ONE_ROW = Case("one_row", B=1, T=1, before=(63,))
 """The last of a page, of V3's widths."""

@@ -94,7 +94,7 @@ def _power_of_two_at_or_above(scales: Any) -> Any:
 
 
 def _opaque(x: Any) -> Any:
-    """The same numbers, of which XLA cannot see the origin: it multiplies by the reciprocal of a constant or broadcast
+    """The same values, of which XLA cannot see the origin: it multiplies by the reciprocal of a constant or broadcast
     divisor, which has another last bit."""
     return jax.lax.optimization_barrier(x) if isinstance(x, jax.Array) else x
 

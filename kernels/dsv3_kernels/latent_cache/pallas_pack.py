@@ -2,7 +2,7 @@
 
 A quotient is rounded to E4M3 as if it had been divided exactly, without a division: with numerator and divisor of 8
 bits each (bfloat16) it is either halfway between two E4M3 values or 2^-13 of its size away from all such points. So a
-product with the reciprocal, 2^-23 off, is rounded to 16 bits first, which restores the ties and moves nothing across.
+product by the reciprocal, 2^-23 off, is rounded to 16 bits first, which restores the ties and moves nothing across.
 """
 
 from collections.abc import Sequence

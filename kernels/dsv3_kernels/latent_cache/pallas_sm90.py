@@ -28,7 +28,7 @@ a block takes one or two, and several warps make the same row."""
 UNIT_BYTES = 16
 """Bulk copies want every axis of the pool but the last in steps of 16 bytes: a row is seen as units of 16."""
 ROPE_UNITS = 8
-"""The rotary numbers are eight units of four pairs in the pool, which has them in BF16 whatever the latent's type."""
+"""The rotary elements are eight units of four pairs in the pool, which has them in BF16 whatever the latent's type."""
 PAIRS = ROPE_DIM // ROPE_UNITS // 2
 FIRST_ROPE_UNIT = LATENT_DIM // (2 * PAIRS)
 """Of the down-projection."""
@@ -52,7 +52,7 @@ def write(
     fp8_scale: str,
     interpret: Any = None,
 ) -> Shaped[Array, "N Z W"]:
-    """The Hopper form of `api.cache_write`; FP8 rows have the bytes of `pack_fp8_cache_rows`, but for the norm's bits.
+    """The Hopper implementation of `api.cache_write`; FP8 rows equal `pack_fp8_cache_rows`, but for the norm's bits.
 
     Args:
         interpret: None to compile; `plgpu.InterpretGPUParams()` to run on a CPU.
@@ -120,7 +120,7 @@ def _write_rows(
 ) -> None:
     """Makes a row for each of `targets`, from `first` on, and sends it there in the pool, or nowhere (-1).
 
-    `down_ref` and `rows_ref` have rows of units as the pool has, `key_ref` of eight numbers.
+    `down_ref` and `rows_ref` have rows of units as the pool has, `key_ref` of eight elements.
     """
     is_fp8, dtype = rows_ref.dtype == jnp.uint8, down_ref.dtype
     rows, row_units, unit = rows_ref.shape
@@ -181,7 +181,7 @@ def _row_a_warp(rows: int, units: int, columns: int) -> Any:
 
 
 def _unit_a_warp(rows: int) -> Any:
-    """[rows, UNIT_BYTES] with a row in each warp, as a row's numbers are after reductions over `_row_a_warp`."""
+    """[rows, UNIT_BYTES] with a row in each warp, as a row's statistics are after reductions over `_row_a_warp`."""
     tiling = plgpu.Tiling(((rows, UNIT_BYTES), (2,)))
     return plgpu.Layout.TILED(tiling, _warps(rows, -3), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
 

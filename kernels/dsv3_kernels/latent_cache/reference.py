@@ -20,7 +20,7 @@ def write(
     eps: float,
     fp8_scale: str,
 ) -> Shaped[Array, "N Z W"]:
-    """`cache_write` by a loop over rows, which shares nothing with the other forms."""
+    """`cache_write` by a loop over rows, which shares nothing with the other implementations."""
     B, T, _ = kv_down.shape
     N, page_size, _ = kv_pages.shape
     P = page_table.shape[1]
@@ -41,19 +41,19 @@ def write(
 
 
 def _row(down, norm_scale, cos, sin, eps: float, dtype, fp8_scale: str) -> Shaped[Array, "W"]:
-    """One row: the latent over its root mean square, each pair of the key part as a complex number turned."""
+    """One row: the latent over its root mean square, each pair of the key part rotated as a complex number."""
     C = norm_scale.shape[0]
     x = down.astype(jnp.float32)
     latent = x[:C] / jnp.sqrt(jnp.vdot(x[:C], x[:C]) / C + jnp.float32(eps)) * norm_scale.astype(jnp.float32)
-    turned = jax.lax.complex(x[C::2], x[C + 1 :: 2]) * jax.lax.complex(cos, sin)
-    rope = jnp.stack([turned.real, turned.imag], axis=1).ravel()
+    rotated = jax.lax.complex(x[C::2], x[C + 1 :: 2]) * jax.lax.complex(cos, sin)
+    rope = jnp.stack([rotated.real, rotated.imag], axis=1).ravel()
     if dtype == jnp.uint8:
         return _fp8_row(latent.astype(down.dtype), rope.astype(down.dtype), fp8_scale)
     return jnp.concatenate([latent, rope]).astype(dtype)
 
 
 def _fp8_row(latent: Float[Array, "512"], rope: Float[Array, "64"], fp8_scale: str) -> UInt8[Array, "656"]:
-    """Each tile of 128 over the scale that brings its largest magnitude to 448, E4M3's largest number."""
+    """Each tile of 128 over the scale that brings its largest magnitude to 448, E4M3's largest value."""
     values, scales = [], []
     for tile in jnp.split(latent.astype(jnp.float32), 4):
         scale = jnp.maximum(jnp.abs(tile).max(), jnp.float32(1e-4)) / jnp.float32(448)

@@ -28,7 +28,7 @@ def mla_prefill(
 
     Query t of sequence b stands beside key q_starts[b] + t, by default beside key S - T + t: a chunk of queries at the
     end of a longer row of keys (bottom-right). Keys past a sequence's last query are thus unseen and may hold any
-    finite numbers. Scores, softmax and sums are float32 (float64 for float64). Differentiable in q, k, v through both
+    finite values. Scores, softmax and sums are float32 (float64 for float64). Differentiable in q, k, v through both
     results; memory is linear in T and S, but for "reference".
 
     Args:
@@ -105,7 +105,7 @@ def _checked(q, k, v, q_segment_ids, kv_segment_ids, q_starts):
     if 0 in (B, T, H, J, S, v.shape[3]):
         raise ValueError(f"q has shape {q.shape}, k {k.shape}, v {v.shape}; none may be empty, so skip such a call.")
     if q_starts is None and T > S:
-        raise ValueError(f"T={T} queries exceed S={S} keys; say with q_starts where the queries stand.")
+        raise ValueError(f"T={T} queries exceed S={S} keys; give q_starts, the key beside each first query.")
     if q_starts is not None and (q_starts.shape != (B,) or not jnp.issubdtype(q_starts.dtype, jnp.integer)):
         raise ValueError(f"q_starts is {q_starts.dtype}{q_starts.shape}; give one integer a sequence, ({B},).")
     if q_segment_ids is None and kv_segment_ids is None:

@@ -17,7 +17,7 @@ from dsv3_kernels.prefill_attention.cases import CASES, UGLY, Case, num_operatio
 
 OP = "mla_prefill"
 GOAL_SHARES = {False: 0.7, True: 0.6}
-"""Of the rate of bf16 products, forward and backward."""
+"""Of the rate of bf16 matmuls, forward and backward."""
 LIMITS = {"out": 4e-3, "lse": 1e-5, "d_q": 6e-3, "d_k": 6e-3, "d_v": 6e-3}
 """Norm of the error against float32, over the norm: bfloat16 rounds by 2^-9 of each factor and result."""
 ROW_LIMIT = 2e-2
@@ -60,7 +60,7 @@ def bench_cases() -> list[BenchCase]:
 
 
 def check_cases() -> list[CheckCase]:
-    """Values and gradients against the reference in float32 where it fits, else against the XLA form in float32."""
+    """Values and gradients against the reference in float32 where it fits, else against XLA's in float32."""
     of_v3 = {"qk_dim": 192, "v_dim": 128}
     ugly = [case._replace(**of_v3) for case in UGLY]
     real = [case._replace(H=MOST_HEADS) for case in CASES]

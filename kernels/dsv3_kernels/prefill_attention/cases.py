@@ -59,7 +59,7 @@ def make(case: Case, dtype: np.typing.DTypeLike = np.float32, seed: int = 0) -> 
 
 
 def num_operations(case: Case, *, backward: bool = False) -> int:
-    """Multiplications and additions of the causal products: q kᵀ and P v; backward 5 products of the same kind.
+    """Multiplications and additions of the causal matmuls: q kᵀ and P v; backward 5 matmuls of the same kind.
 
     Counts whole rows of keys up to the query's own, documents ignored.
     """

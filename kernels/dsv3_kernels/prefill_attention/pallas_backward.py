@@ -39,7 +39,7 @@ def bring(
     begin: jax.Array,
     end: jax.Array,
 ) -> None:
-    """The loader: the rows that each consumer keeps, then blocks begin .. end - 1 through the stages."""
+    """The loader: the rows that each consumer holds, then blocks begin .. end - 1 through the stages."""
     for w in range(CONSUMERS):
         for source, target in staying(w):
             plgpu.copy_gmem_to_smem(source, target.at[w], stay_full.at[w])
@@ -97,5 +97,5 @@ def backward_kernel(
 
 
 def vector_memory(count: int, dtype: jax.typing.DTypeLike) -> Any:
-    """Shared memory for a number of each row, of every warpgroup or stage."""
+    """Shared memory for a value of each row, of every warpgroup or stage."""
     return plgpu.SMEM((count, ROWS), dtype)

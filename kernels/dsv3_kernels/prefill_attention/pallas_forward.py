@@ -1,7 +1,7 @@
 """The forward pass of prefill attention on Hopper.
 
 A block of threads has 128 queries of one head: two warpgroups of 64 compute, a third loads keys and values through TMA
-into a ring. The two take turns: while one exponentiates, the other's products run on the tensor cores. Which blocks of
+into a ring. The two take turns: while one exponentiates, the other's matmuls run on the tensor cores. Which blocks of
 keys are visited, and which of them need a mask, is data (`block_ranges`).
 """
 

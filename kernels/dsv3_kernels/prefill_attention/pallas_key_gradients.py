@@ -1,6 +1,6 @@
 """dK and dV on Hopper: 128 keys of a head stay, tiles of queries pass by.
 
-Everything is transposed, so that P and dS come out as the left operand of the next product.
+Everything is transposed, so that P and dS come out as the left operand of the next matmul.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the forward and backward kernels share: shapes of shared memory, the mask, products with registers."""
+"""What the forward and backward kernels share: shapes of shared memory, the mask, matmuls with registers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ LN2 = 0.6931471805599453
 
 MATRIX = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-"""Layouts of one number a row, or a column, of a matrix."""
+"""Layouts of one element a row, or a column, of a matrix."""
 
 
 def matrix_memory(*shape: int) -> Any:
@@ -34,17 +34,17 @@ def matrix_memory(*shape: int) -> Any:
 
 
 def zeros(*shape: int) -> jax.Array:
-    """A float32 matrix in registers, to add products to."""
+    """A float32 matrix in registers, to add matmuls to."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
 
 
 def over_columns(x: jax.Array, num_columns: int) -> jax.Array:
-    """One number a row, repeated over the columns."""
+    """One element a row, repeated over the columns."""
     return lax.broadcast_in_dim(x, (x.shape[0], num_columns), [0])
 
 
 def over_rows(x: jax.Array, num_rows: int) -> jax.Array:
-    """One number a column, repeated over the rows."""
+    """One element a column, repeated over the rows."""
     return lax.broadcast_in_dim(x, (num_rows, x.shape[0]), [1])
 
 
@@ -89,7 +89,7 @@ def product(
 def add_product(
     acc: jax.Array, a: jax.Array, b: Any, meanwhile: Callable[[], None] | None = None, *, interpret: Any
 ) -> jax.Array:
-    """acc + a · b with `a` in registers, `b` in shared memory; the interpreter has no such product."""
+    """acc + a · b with `a` in registers, `b` in shared memory; the interpreter has no such matmul."""
     if interpret:
         if meanwhile is not None:
             meanwhile()
@@ -115,8 +115,8 @@ def product_from(start: jax.Array, a: Any, b: Any, *, interpret: Any) -> jax.Arr
 
 
 def unhoisted(index: jax.Array, i: jax.Array) -> jax.Array:
-    """`index`, in a form that differs in each turn i of a loop as far as the compiler can tell.
+    """`index`, written so that the compiler takes it to differ in each iteration i of a loop.
 
-    Else it makes the descriptors of all products with this operand before the loop, a register each, and spills them.
+    Else it makes the descriptors of all matmuls with this operand before the loop, a register each, and spills them.
     """
     return index + lax.shift_right_logical(i, np.int32(30))

@@ -17,7 +17,7 @@ def attend(
     *,
     softmax_scale: float,
 ) -> tuple[Float[Array, "B T H W"], Float[Array, "B H T"]]:
-    """`mla_prefill` as its equation says."""
+    """`mla_prefill` by its equation."""
     dtype, wide = q.dtype, wide_dtype(q.dtype)
     q, k, v = q.astype(wide), k.astype(wide), v.astype(wide)
     T, S = q.shape[1], k.shape[1]

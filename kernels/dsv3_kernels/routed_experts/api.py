@@ -59,7 +59,7 @@ def expert_ffn(
 
 
 def _refuses(rows: Array, *others: Any, **static: Any) -> str | None:
-    """The grouped products of a Hopper GPU are of bfloat16; others are XLA's."""
+    """The grouped matmuls of a Hopper GPU are of bfloat16; others are XLA's."""
     return None if rows.dtype == jnp.bfloat16 else f"takes bfloat16, not {rows.dtype}: compute in that"
 
 

@@ -1,6 +1,6 @@
-"""The experts' feed-forward as products of all rows at once, grouped by expert: what a GPU runs.
+"""The experts' feed-forward as matmuls of all rows at once, grouped by expert: what a GPU runs.
 
-The same sums as in `loops`, which stay in a CPU's cache. Here every step goes over all M rows: two grouped products,
+The same sums as in `loops`, which stay in a CPU's cache. Here every step goes over all M rows: two grouped matmuls,
 and one more of each kind for each gradient. Weights are read as they are stored.
 """
 
@@ -16,7 +16,7 @@ from dsv3_kernels.routed_experts.plan import plan_blocks
 from dsv3_kernels.routed_experts.reference import swiglu
 
 TALL = 64
-"""Rows of a block that the grouped products of a GPU take at least, or a multiple."""
+"""Rows of a block that the grouped matmuls of a GPU take at least, or a multiple."""
 
 
 def forward(

@@ -27,7 +27,7 @@ from dsv3_kernels.sm90.tile import CONSUMERS, Tile, output_chunk, output_slots
 
 
 class Exchange(NamedTuple):
-    """How the blocks of a cluster tell each other their sums of a tile."""
+    """How the blocks of a cluster give each other their sums of a tile."""
 
     partial: Any
     """Global memory [parts, M, N] in full tiles, float32."""
@@ -62,7 +62,7 @@ def add_parts(
 
     for wave in range(tile.waves):
         store(at(part, wave, 0, tile.columns), _joined(sums[wave]))
-    plgpu.commit_smem()  # a barrier of the warpgroup: one thread of it tells each block
+    plgpu.commit_smem()  # a barrier of the warpgroup: one thread of it signals each block
     _fence(exchange)
     plgpu.barrier_arrive(exchange.written.at[consumer])
     plgpu.barrier_wait(exchange.written.at[consumer])

@@ -53,12 +53,12 @@ def gemm(
     """The output of all tiles that `walk` visits, each by one thread block, or by one cluster with `tile.split_k`.
 
     Args:
-        operands: arrays as `Operands` says, padded to what copies need (`padding`).
+        operands: arrays as in `Operands`, padded to what copies need (`padding`).
         lists: int32 arrays that `walk` reads.
         walk: walk(refs of the lists and of the plan, position, visit, carry) calls carry = visit(work, carry) for each
             tile of the thread block at that position, and returns the last carry.
         out: shape and dtype; rows a multiple of 8, columns a multiple of what one row of a swizzle holds.
-        accumulate_into: float32 of that shape that the products are added to, in its memory if it is donated.
+        accumulate_into: float32 of that shape that the results are added to, in its memory if it is donated.
         plan: what is made of the lists for the walk.
         is_b_scaled_by_row: whether rows of b have scales of their own, or share them by 128.
         num_sms: how many thread blocks run at once, rounded down to whole clusters.

@@ -217,7 +217,7 @@ def multiply_tile(
     """Multiplies and promotes what `load_tile` fills; returns the place after the last, and this consumer's sums.
 
     The tensor cores add up 128 products in registers of their own; with both scales those are added to the float32
-    sums of the tile (two-level accumulation). One consumer promotes while the other one's products are under way.
+    sums of the tile (two-level accumulation). One consumer promotes while the other one's matmuls are under way.
 
     Returns: sums[wave][run], float32 [64, columns of the run]: runs of columns that share a scale of b.
     """
@@ -256,7 +256,7 @@ def multiply_tile(
         plgpu.barrier_wait(ring.full.at[slot])
         for wave in range(tile.waves):
             if wave:
-                # Besides waiting, this ends a basic block: ptxas would start these products, in registers of their
+                # Besides waiting, this ends a basic block: ptxas would start these matmuls, in registers of their
                 # own, while it still adds the first ones up, and spill 160 bytes.
                 plgpu.barrier_wait(ring.more.at[slot])
             row, column = consumer_offsets(tile, consumer, wave)
@@ -279,7 +279,7 @@ def multiply_tile(
             if wave < tile.waves - 1:
                 sums[wave] = list(lax.optimization_barrier(tuple(sums[wave])))
         if tile.waves > 1:
-            # Another use of the zero that products start from keeps it out of their registers: ptxas then starts them
+            # Another use of the zero that matmuls start from keeps it out of their registers: ptxas then starts them
             # from an immediate, and not from 64 moves.
             return next_slot(slot + lax.optimization_barrier(jnp.int32(0)), tile.stages), sums
         return next_slot(slot, tile.stages), sums
@@ -343,7 +343,7 @@ def await_empty(ring: Ring, slot: Any) -> None:
 
 
 def arrive_empty(ring: Ring, slot: Any) -> None:
-    """Says that this consumer is done with the slot."""
+    """Signals that this consumer is done with the slot."""
     plgpu.barrier_arrive(ring.empty.at[slot])
     if ring.shared_empty is not None:
         plgpu.barrier_arrive(ring.shared_empty.at[slot])

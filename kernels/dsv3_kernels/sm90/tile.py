@@ -32,10 +32,10 @@ MOST_PARTS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Sizes that change how fast a product is, never what it is.
+    """Sizes that change how fast a matmul is, never its result.
 
     A block of 64 rows is split between the two consumers by columns, a taller one by rows. Each consumer multiplies 64
-    rows at a time: with 256 rows it does so twice a stage and keeps both sums.
+    rows at a time: with 256 rows it does so twice a stage and holds both sums.
     """
 
     block_m: int

@@ -1,4 +1,4 @@
-"""What chooses the tile of an FP8 product: a table for this GPU, or a model of an H100."""
+"""What chooses the tile of an FP8 matmul: a table for this GPU, or a model of an H100."""
 
 from dsv3_kernels.tiles.choice import (
     CONTIGUOUS,

@@ -22,11 +22,11 @@ FOLDERS = {"NVIDIA H100 80GB HBM3": H100}
 """Tables of a device, in a folder of its name where none is given here."""
 DENSE, CONTIGUOUS, MASKED, CONTRACTION = "dense", "contiguous", "masked", "contraction"
 FILES = {DENSE: "fp8_gemm", CONTIGUOUS: "grouped_fp8_gemm", MASKED: "grouped_fp8_gemm", CONTRACTION: "grouped_fp8_gemm"}
-"""Kinds of product, and the table each is in."""
+"""Kinds of matmul, and the table each is in."""
 
 
 def dense(m: int, n: int, k: int, *, out_dtype: jax.typing.DTypeLike, is_b_scaled_by_row: bool) -> Problem:
-    """One product."""
+    """One matmul."""
     return Problem(m, n, k, 1, jnp.dtype(out_dtype).name, is_b_scaled_by_row)
 
 

@@ -34,21 +34,21 @@ MEMORY_BYTES_PER_SECOND = 3.0e12
 LOAD_LATENCY = 1000
 """Cycles from a slot's release to its next operands, which come from memory: with few slots, consumers wait."""
 STAGE_LATENCY = 150
-"""Cycles between the end of a consumer's products and its next ones, besides adding them up."""
+"""Cycles between the end of a consumer's matmuls and its next ones, besides adding them up."""
 FIRST_LATENCY = 1500
-"""Cycles from the launch of a block to its first product."""
+"""Cycles from the launch of a block to its first matmul."""
 STORE_LATENCY = 300
-"""Cycles from a tile's last product to the next tile's first, besides writing it out."""
+"""Cycles from a tile's last matmul to the next tile's first, besides writing it out."""
 STORE_BYTES_PER_CYCLE = 64
 """Of the copies from shared memory to the output, which a consumer waits for when all its slots are full."""
 EXCHANGE_LATENCY = 2500
-"""Cycles in which the blocks of a cluster tell each other that their parts of a split contraction are in L2, and read
+"""Cycles in which the blocks of a cluster signal each other that their parts of a split contraction are in L2, and read
 those of the others."""
 FEWEST_STAGES, MOST_STAGES = 3, 10
 
 
 class Problem(NamedTuple):
-    """`groups` products of [m, k] by [n, k]ᵀ in one kernel; of weights shared by all rows if `groups` is 1."""
+    """`groups` matmuls of [m, k] by [n, k]ᵀ in one kernel; of weights shared by all rows if `groups` is 1."""
 
     m: int
     n: int
@@ -181,7 +181,7 @@ def _widths(is_b_scaled_by_row: bool) -> dict[int, tuple[int, ...]]:
 
 
 def _may_split(problem: Problem) -> bool:
-    """Few rows of one product: too few tiles, and sums that are small beside the weights."""
+    """Few rows of one matmul: too few tiles, and sums that are small beside the weights."""
     return problem.groups == 1 and problem.max_block_m > 128 and problem.m <= 256
 
 

@@ -16,7 +16,7 @@ from dsv3_kernels.sm90.tile import BLOCK_K, Tile
 from dsv3_kernels.tiles.model import Problem
 
 MOST_DIFFERENCE, MOST_ERROR = 1e-5, 1.0
-"""Of `gpu.case.diff` and `gpu.case.worst` from the plain product of the same operands, as in `dsv3_kernels.check`."""
+"""Of `gpu.case.diff` and `gpu.case.worst` from the plain matmul of the same operands, as in `dsv3_kernels.check`."""
 CONTIGUOUS_GROUPS = 8
 
 Seconds = Callable[[Callable[[Any], Any], Sequence[Any]], float]
@@ -24,14 +24,14 @@ Seconds = Callable[[Callable[[Any], Any], Sequence[Any]], float]
 
 
 class Trial(NamedTuple):
-    """A product to be computed with one tile after the other."""
+    """A matmul to be computed with one tile after the other."""
 
     sets: list[Any]
     """Operands, as many as make the L2 cache forget each before it comes round again."""
     kernel: Callable[..., jax.Array]
     """kernel(inputs, tile=tile)."""
     plain: Callable[[Any], jax.Array]
-    """The XLA form of the same product."""
+    """The XLA implementation of the same matmul."""
 
 
 def make_trial(kind: str, problem: Problem) -> Trial:
@@ -72,9 +72,9 @@ def make_trial(kind: str, problem: Problem) -> Trial:
 
 
 def fastest(trial: Trial, tiles: Sequence[Tile], seconds: Seconds) -> tuple[Tile, float]:
-    """The fastest of the tiles whose product is right, and its time; the others are named on stderr.
+    """The fastest of the tiles whose result is right, and its time; the others are named on stderr.
 
-    Raises: RuntimeError if no tile gives the right product.
+    Raises: RuntimeError if no tile gives the right result.
     """
     inputs = trial.sets[0]
     expected = jax.jit(trial.plain)(inputs)
@@ -92,7 +92,7 @@ def fastest(trial: Trial, tiles: Sequence[Tile], seconds: Seconds) -> tuple[Tile
             print(f"tile {tile.name} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
     if not timed:
         raise RuntimeError(
-            f"none of {[tile.name for tile in tiles]} gives the right product; see python -m dsv3_kernels.check."
+            f"none of {[tile.name for tile in tiles]} gives the right result; see python -m dsv3_kernels.check."
         )
     best, tile = min(timed, key=lambda pair: pair[0])
     return tile, best

@@ -1,7 +1,7 @@
 """Chooses the tile of each of the model's shapes, and writes the tables that `tiles` reads.
 
-`python -m dsv3_kernels.tuning` times the model's best candidates on this machine's GPU, refuses those whose product is
-wrong, and writes the tables of that GPU with what it measured; `--model` writes what the model says into those of
+`python -m dsv3_kernels.tuning` times the model's best candidates on this machine's GPU, refuses those whose result is
+wrong, and writes the tables of that GPU with what it measured; `--model` writes what the model predicts into those of
 H100, without a GPU. Every row states which of both it is.
 """
 
@@ -76,14 +76,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_kernels.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", action="store_true", help="write what the model says, and measure nothing")
+    parser.add_argument("--model", action="store_true", help="write what the model predicts, and measure nothing")
     parser.add_argument(
         "--candidates",
         type=int,
         default=4,
         help="how many of the best tiles to time, by each of the model's two rates of L2 (default %(default)s)",
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="only kinds whose name holds TEXT; keeps other rows")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only kinds whose name holds TEXT; leaves other rows as they are"
+    )
     options = parser.parse_args(arguments)
     device = jax.devices()[0]
     if not options.model and device.platform != "gpu":

@@ -1,4 +1,4 @@
-"""Kernels, products and loops are found in optimised HLO, wherever they stand, and counted as often as they run."""
+"""Kernels, matmuls and loops are found in optimised HLO, wherever they stand, and counted as often as they run."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from dsv3_kernels.aot import hlo
 from dsv3_kernels.aot.inventory import Kernel, Loop, Product, take_inventory
 
-# In the shape of what XLA prints: a product in a fusion in a fusion, a kernel in a loop, a loop of unknown trips.
+# In the shape of what XLA prints: a matmul in a fusion in a fusion, a kernel in a loop, a loop of unknown trips.
 PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4,256]{1,0})->f32[256,8]{1,0}}
 
 %nested (p.0: bf16[4,16,32], p.1: f8e4m3fn[4,32,8]) -> f32[4,16,8] {
@@ -55,7 +55,7 @@ def test_everything_is_counted_as_often_as_it_runs():
 
 
 def test_a_program_of_this_jax_is_read():
-    """What XLA prints changes: here both kinds of loops and a product of a real program."""
+    """What XLA prints changes: here both kinds of loops and a matmul of a real program."""
 
     def function(x, trips):
         with jax.named_scope("waits"):

@@ -1,4 +1,4 @@
-"""What is good, what is not, and the table that says it."""
+"""What is good, what is not, and the table that shows it."""
 
 from collections import Counter
 

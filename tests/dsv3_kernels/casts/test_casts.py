@@ -1,4 +1,4 @@
-"""The fused casts: their bits in every form, what survives a transposition, what a bad number spoils."""
+"""The fused casts: their bits in every implementation, what survives a transposition, what a NaN or infinity spoils."""
 
 import functools
 
@@ -21,7 +21,7 @@ OPS = ("cast_tokens", "swiglu_cast", "requantize_transposed", "cast_blocks")
 
 
 def random_matrix(seed: int, rows: int, columns: int, dtype: str = "bfloat16") -> np.ndarray:
-    """Normal numbers whose rows and columns have magnitudes from 2^-20 to 2^6, and a row of zeros."""
+    """Normal values whose rows and columns have magnitudes from 2^-20 to 2^6, and a row of zeros."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, columns)) * 2.0 ** rng.integers(-14, 4, size=(rows, 1))
     x *= 2.0 ** rng.integers(-6, 3, size=(1, columns))
@@ -155,7 +155,7 @@ def test_tiny_and_huge_tiles():
     np.testing.assert_array_equal(q.values.astype(jnp.float32)[0, [0, 128, 256]], [0.0, 4.5, 448.0])
 
 
-def test_wrong_inputs_are_refused_with_a_remedy():
+def test_wrong_inputs_are_refused_with_how_to_fix_them():
     q = quantize_tiles(jnp.ones((4, 300)), tile=TOKEN)
     with pytest.raises(ValueError, match=r"x of cast_tokens is float16\[4, 4\]; it must be bfloat16 or float32"):
         kernels.cast_tokens(jnp.ones((4, 4), jnp.float16))
@@ -188,7 +188,7 @@ def test_bytes_of_a_bench_row():
 
 @pytest.mark.skipif(dispatch.why_no_pallas() is None, reason="a Hopper GPU is here")
 @pytest.mark.parametrize("op", OPS)
-def test_the_kernel_without_its_gpu_is_refused_with_a_remedy(op):
+def test_the_kernel_without_its_gpu_is_refused_with_what_to_use(op):
     value = on_device(argument(op, random_matrix(0, 128, 2048)))
     with pytest.raises(NotImplementedError, match=rf"{op}.*needs (a Hopper GPU|jax).*leave it None"):
         getattr(kernels, op)(value, implementation="pallas")

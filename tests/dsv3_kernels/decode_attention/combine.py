@@ -1,4 +1,4 @@
-"""The sum of what several parts of the GPU found for one sequence, weighted by their log-sum-exps: the plain form."""
+"""The sum of what several parts of the GPU found for one sequence, weighted by their log-sum-exps, in plain jnp."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def combine(
     A split sequence has slot 2 g + 1 of the part g where it begins and slot 2 g of each later part; all others of the
     2 G slots hold anything. Weights are exp(lse - the largest lse), so nothing overflows, and a part that
     sees no key (lse = -inf) weighs nothing. The kernel `pallas_combine` does the same with its additions in one order,
-    which a GPU does not keep here.
+    which a GPU does not leave here.
     """
     B = out.shape[0]
     first_seq, first_block, last_seq, _, num_splits = parts.T

@@ -69,7 +69,7 @@ PLANS = {"plan-few": ((1, 5), (8, 3)), "plan-b7": ((7, 16), (1, 1)), "plan-b128"
 
 
 def attend(name: str, seed: int, *, detect_races: bool) -> dict:
-    """The whole of `mla_decode` against its float32 reference; the plan is given or not, as the seed says."""
+    """The whole of `mla_decode` against its float32 reference; the plan is given or not, by the seed."""
     rng = np.random.default_rng(seed)
     num_sms, case = drawn(rng) if name == "drawn" else CASES[name]
     inputs = make_inputs(case, seed)
@@ -104,7 +104,7 @@ def attend(name: str, seed: int, *, detect_races: bool) -> dict:
 
 
 def merge(name: str, seed: int, *, detect_races: bool) -> dict:
-    """The parts of split sequences against a float64 sum and the plain form, twice over different garbage."""
+    """The parts of split sequences against a float64 sum and the plain implementation, twice over different garbage."""
     num_queries, num_heads, count, lengths = COMBINATIONS[name]
     num_rows = num_queries * num_heads
     room = -(-num_rows // 8) * 8
@@ -152,7 +152,7 @@ def merge(name: str, seed: int, *, detect_races: bool) -> dict:
 
 
 def plan(name: str, seed: int, *, detect_races: bool) -> dict:
-    """The plan against its twin, number by number."""
+    """The plan against its twin, element by element."""
     rng = np.random.default_rng(seed)
     params = plgpu.InterpretGPUParams(detect_races=detect_races)
     for num_seqs, count in PLANS[name]:

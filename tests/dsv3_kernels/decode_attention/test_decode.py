@@ -1,4 +1,4 @@
-"""`mla_decode`'s XLA form against float32, with FlashMLA's shapes and tolerances, and what it refuses."""
+"""`mla_decode` by XLA against float32, with FlashMLA's shapes and tolerances, and what it refuses."""
 
 import functools
 
@@ -25,7 +25,7 @@ decode = functools.partial(mla_decode, softmax_scale=SOFTMAX_SCALE)
 
 
 def truth(inputs: DecodeInputs, *, causal: bool = True, softmax_scale: float = SOFTMAX_SCALE):
-    """The reference on the same numbers as float32, so that its output is not rounded to BF16."""
+    """The reference on the same values as float32, so that its output is not rounded to BF16."""
     kv = inputs.kv_pages
     if kv.dtype == np.uint8:
         kv = np.concatenate(unpack_fp8_cache_rows(kv), axis=-1)
@@ -100,7 +100,7 @@ def test_last_query_sees_what_one_query_sees(form):
 
 @pytest.mark.parametrize("size", [(16, 8), (512, 64), (97, 5)])
 def test_other_widths_in_float32(size):
-    """The widths of small models; both forms compute in float32 then."""
+    """The widths of small models; both implementations compute in float32 then."""
     latent, rope = size
     rng = np.random.default_rng(3)
     kv = rng.standard_normal((5, 64, latent + rope), np.float32)

@@ -1,4 +1,4 @@
-"""The grouped GEMMs in bf16: every group against its own dense product, empty groups, skipped blocks, errors."""
+"""The grouped GEMMs in bf16: every group against its own dense matmul, empty groups, skipped blocks, errors."""
 
 import jax
 import jax.numpy as jnp

@@ -38,7 +38,7 @@ CASES = {  # pages, down-projection, the case
     "long-ue8m0": (jnp.bfloat16, Case("long-ue8m0", B=2, T=70, before=(1, 127), fp8=True, fp8_scale="ue8m0")),
 }
 OTHER_BYTES = 4, 1e-3
-"""So many, and of the written bytes so great a part, may differ: a last bit of the mean square may turn a rounding."""
+"""So many, and so great a part of the written bytes, may differ: the mean square's last bit may change a rounding."""
 
 
 def main(name: str, seed: int, *, detect_races: bool) -> None:
@@ -100,7 +100,7 @@ def _bytes(rows: np.ndarray) -> np.ndarray:
 
 
 def _numbers(rows: np.ndarray) -> np.ndarray:
-    """In float32; of FP8 rows the dequantised, which tell how far off they are."""
+    """In float32; of FP8 rows the dequantised, which show how far off they are."""
     if rows.dtype == np.uint8:
         rows = np.concatenate(unpack_fp8_cache_rows(rows), axis=-1)
     return rows.astype(np.float32)

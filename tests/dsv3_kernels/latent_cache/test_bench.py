@@ -1,4 +1,4 @@
-"""What a GPU run checks of the latent cache tells a wrong row."""
+"""What a GPU run checks of the latent cache detects a wrong row."""
 
 import jax
 import jax.numpy as jnp

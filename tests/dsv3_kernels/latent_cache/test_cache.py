@@ -1,4 +1,4 @@
-"""The paged latent cache: its forms write the same bytes, only where they may, and reading gives them back."""
+"""The paged latent cache: all implementations write equal bytes, only where they may, and reading gives them back."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def write(given, implementation: str, fp8_scale: str = "float32"):
 
 
 def expected_rows(case: Case, given) -> jax.Array:
-    """What the model itself keeps of these tokens."""
+    """What the model itself caches of these tokens."""
     latent = rms_norm(jnp.asarray(given["kv_down"][..., : case.C]), jnp.asarray(given["norm_scale"]), eps=EPS)
     table = RopeTable(jnp.asarray(given["cos"]), jnp.asarray(given["sin"]))
     rope = apply_rope(jnp.asarray(given["kv_down"][..., case.C :]), table)
@@ -49,7 +49,7 @@ def test_rows_of_the_model_arrive_in_their_slots_and_nowhere_else(case: Case, dt
     changed = (written != given["kv_pages"]).any(-1)
     np.testing.assert_array_equal(changed, (expected != given["kv_pages"]).any(-1))
     if case.fp8:
-        assert (written != expected).mean() < 1e-4  # a last bit of the mean square may turn a rounding
+        assert (written != expected).mean() < 1e-4  # a last bit of the mean square may change a rounding
     elif dtype == np.float32:
         np.testing.assert_allclose(written, expected, rtol=1e-6, atol=1e-6)
     else:
@@ -66,8 +66,8 @@ def test_rows_are_those_of_float64(case: Case, dtype, implementation: str) -> No
         for t in range(case.T):
             column, slot = divmod(given["starts"][b] + t, 64)
             found = written[given["page_table"][b, column], slot]
-            turned = (given["cos"] + 1j * given["sin"])[b, t]
-            expected = row_in_float64(case, given["kv_down"][b, t], given["norm_scale"], turned)
+            rotation = (given["cos"] + 1j * given["sin"])[b, t]
+            expected = row_in_float64(case, given["kv_down"][b, t], given["norm_scale"], rotation)
             if case.fp8:
                 is_scale = np.arange(656) // 16 == 32
                 assert (found != expected)[~is_scale].sum() <= 2
@@ -78,11 +78,11 @@ def test_rows_are_those_of_float64(case: Case, dtype, implementation: str) -> No
                 assert (error <= np.abs(expected.astype(np.float64)) * jnp.finfo(dtype).eps + 1e-6).all()
 
 
-def row_in_float64(case: Case, down: np.ndarray, norm_scale: np.ndarray, turned: np.ndarray) -> np.ndarray:
-    """One row in NumPy, with nothing of the package; `turned` are the unit numbers that turn the pairs."""
+def row_in_float64(case: Case, down: np.ndarray, norm_scale: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """One row in NumPy, with nothing of the package; `rotation` has the unit complex numbers that rotate the pairs."""
     x = down.astype(np.float64)
     latent = (x[: case.C] / np.sqrt(np.mean(x[: case.C] ** 2) + EPS) * norm_scale).astype(down.dtype)
-    rope = (x[case.C :].view(np.complex128) * turned).view(np.float64).astype(down.dtype)
+    rope = (x[case.C :].view(np.complex128) * rotation).view(np.float64).astype(down.dtype)
     if not case.fp8:
         return np.concatenate([latent, rope])
     parts, scales = [], []
@@ -170,7 +170,7 @@ FP8 = make(Case("fp8", B=1, T=1, before=(0,), fp8=True))
         (changed(kv_pages=np.zeros((2, 32, 24), np.float32)), "a page holds 64 tokens"),
         (changed(kv_pages=np.zeros((2, 64, 20), np.float32)), "rows of 20, kv_down of 24"),
         (changed(kv_pages=np.zeros((2, 64, 24), np.uint8)), "an FP8 row has 656 bytes"),
-        (changed(kv_pages=np.zeros((2, 64, 656), np.uint8)), "FP8 rows hold 512 \\+ 64 numbers"),
+        (changed(kv_pages=np.zeros((2, 64, 656), np.uint8)), "FP8 rows hold 512 \\+ 64 elements"),
         (changed(kv_pages=np.zeros((2, 64, 24), np.int32)), "must be of a float type"),
         (changed(norm_scale=np.ones(24, np.float32)), "leave room for the key part"),
         (changed(cos=np.zeros((1, 1, 8), np.float32)), "cos is float32"),

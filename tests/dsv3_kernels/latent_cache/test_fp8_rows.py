@@ -1,4 +1,4 @@
-"""The 656-byte row against FlashMLA's own bytes, and its two forms against each other."""
+"""The 656-byte row against FlashMLA's own bytes, and its two implementations against each other."""
 
 from pathlib import Path
 

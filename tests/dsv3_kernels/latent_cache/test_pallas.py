@@ -59,7 +59,7 @@ def test_the_pool_is_operand_and_result_at_once(case: Case):
 
 
 def test_quotients_round_as_exact_divisions_do():
-    """All pairs of bfloat16 mantissas, with quotients from below the smallest number of E4M3 to its largest."""
+    """All pairs of bfloat16 mantissas, with quotients from below the smallest value of E4M3 to its largest."""
     mantissas = np.arange(128, 256, dtype=np.float32) / 128
     x, scales = mantissas[:, None], mantissas[None, :]
     reciprocals = np.asarray(reciprocal_of(scales))

@@ -1,4 +1,4 @@
-"""What a GPU run of prefill attention times and checks, on this machine's own form."""
+"""What a GPU run of prefill attention times and checks, by the implementation for this machine."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ CASE = Case("small", B=2, T=33, S=70, H=2, num_documents=3, qk_dim=24, v_dim=16)
 
 
 def test_the_backward_row_computes_the_gradients() -> None:
-    """From what forward kept, as autodiff does; d_lse included."""
+    """From what forward saved, as autodiff does; d_lse included."""
     inputs = bench.make_saved(CASE, jax.random.key(1))
     whole = jax.jit(lambda x: bench._values_and_gradients(CASE, x, "xla"))(inputs)
     alone = jax.jit(lambda x: bench._backward(CASE, x, "xla"))(inputs)

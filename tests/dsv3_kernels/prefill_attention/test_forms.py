@@ -1,4 +1,4 @@
-"""Prefill attention: its forms agree in values and gradients, and it says what it cannot take."""
+"""Prefill attention: its implementations agree in values and gradients, and it refuses what it cannot take."""
 
 from functools import partial
 
@@ -107,7 +107,7 @@ def test_a_query_without_keys_gives_zeros(implementation: str) -> None:
 
 
 def test_bfloat16_keeps_its_dtype_and_its_error() -> None:
-    """Within twice the error of the same products without chunks, and lse as of float32."""
+    """Within twice the error of the same matmuls without chunks, and lse as of float32."""
     case = Case("narrow", B=1, T=300, S=300, H=2, num_documents=2, qk_dim=192, v_dim=128)
     wide = results(case, "reference", jnp.bfloat16)
     narrow = results(case, "xla", jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""V2-Lite's routed experts lowered for CUDA, without a GPU: grouped products, no loop, no product with every expert."""
+"""V2-Lite's routed experts lowered for CUDA, without a GPU: grouped matmuls, no loop, no matmul with every expert."""
 
 import re
 

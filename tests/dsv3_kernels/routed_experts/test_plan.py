@@ -26,7 +26,7 @@ def with_others(ids: np.ndarray, E: int) -> np.ndarray:
 
 
 def case(ids: np.ndarray, E: int, **how) -> tuple:
-    """The ids, the number of experts, and how to plan: `plan_few` if nothing is said."""
+    """The ids, the number of experts, and how to plan: `plan_few` by default."""
     return ids.astype(np.int32), E, partial(plan_blocks, **how) if how else plan_few
 
 

@@ -1,6 +1,6 @@
 """Runs FP8 GEMM kernels in Pallas's interpreter of a GPU, and prints one JSON object a case.
 
-`python interpreted.py CASE ...`, with `--seed N` for the numbers and drawn shapes of an earlier run. A program of its
+`python interpreted.py CASE ...`, with `--seed N` for the values and drawn shapes of an earlier run. A program of its
 own: an interpreted kernel that is wrong can hang, and its process has to be ended from outside.
 """
 

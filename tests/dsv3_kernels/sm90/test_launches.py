@@ -1,4 +1,4 @@
-"""An FP8 product is one launch: its program for a GPU holds the kernel, and no pass over operands, sums or results."""
+"""An FP8 matmul is one launch: its program for a GPU holds the kernel, and no pass over operands, sums or results."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The choice on a GPU: the fastest tile whose product is right."""
+"""The choice on a GPU: the fastest tile whose result is right."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_a_faster_tile_with_a_wrong_product_is_not_chosen(capsys):
 
 
 def test_no_right_tile_is_an_error():
-    with pytest.raises(RuntimeError, match=r"64x64 s5.*gives the right product"):
+    with pytest.raises(RuntimeError, match=r"64x64 s5.*gives the right result"):
         trial.fastest(_trial(), [WRONG], _seconds_by_stages)
 
 

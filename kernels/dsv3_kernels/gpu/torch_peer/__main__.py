@@ -92,7 +92,7 @@ def measured(torch: Any, way: Way, sets: int, clock: str) -> dict[str, Any]:
 
 
 def reason(error: Exception, warned: list[str]) -> str:
-    """One short line: where no kernel is available torch says why in a warning, the last of those about kernels."""
+    """One short line: where no kernel is available torch warns of the reason, last of those about kernels."""
     text = f"{error}".strip() or type(error).__name__
     if "No available kernel" in text:
         told = [each for each in warned if "runtime disabled" not in each and "not used because" not in each]

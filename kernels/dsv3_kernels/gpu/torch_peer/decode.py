@@ -48,7 +48,7 @@ class Group(NamedTuple):
 
 
 def ways(torch: Any, problem: TorchDecode, device: str) -> list[Way]:
-    """Two plain products with a softmax in between, each backend of the fused function, flex."""
+    """Two plain matmuls with a softmax in between, each backend of the fused function, flex."""
     names = {"bmm": _by_products, **{f"sdpa {backend}": _by_sdpa(backend) for backend in BACKENDS}}
 
     def grouped(launch: Any) -> Any:
@@ -138,7 +138,7 @@ def _first_that_runs(call: Any) -> dict[str, int]:
 
 
 def _inputs(torch: Any, problem: TorchDecode, device: str, groups: int) -> list[Group]:
-    """Normal numbers; the last number of a row is no value, and says whether the key is one of the newest.
+    """Normal values; the last element of a row is no value, and marks whether the key is one of the newest.
 
     Those, and the padding behind them, get a score higher by log(L) / 2, so that each counts as much as all older keys
     together in the result's norm: a way that hides or shows one too many is far off.
@@ -162,7 +162,7 @@ def _inputs(torch: Any, problem: TorchDecode, device: str, groups: int) -> list[
 
 
 def _error(torch: Any, problem: TorchDecode, groups: list[Group], results: list[Any]) -> float:
-    """The largest of each group's shortest, longest and last sequence (its keys may lie behind 2^31 numbers).
+    """The largest of each group's shortest, longest and last sequence (its keys may lie behind 2^31 elements).
 
     A result is [b, S, H, W].
     """

@@ -7,7 +7,7 @@ from dsv3_kernels.gpu.torch_peer.way import Prepared, Way, relative_error
 
 CHECKED_ROWS = 64
 LIMIT = 5e-2
-"""What another product exceeds by far, and no rounding reaches."""
+"""What a wrong matmul exceeds by far, and no rounding reaches."""
 
 
 def ways(torch: Any, problem: TorchGemm, device: str) -> list[Way]:

@@ -1,4 +1,4 @@
-"""MLA's prefill attention by torch, forward or backward alone, from what forward kept.
+"""MLA's prefill attention by torch, forward or backward alone, from what forward saved.
 
 torch is spared the log-sum-exps, which ours returns and takes a gradient for, and masks, plans of blocks and the zeros
 that flash attention wants behind the values (it knows one width only) are made before the clock runs. Memory is

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 
 class TorchGemm(NamedTuple):
-    """A product of FP8 matrices, [m, k] and [n, k], one scale each, into bf16."""
+    """A matmul of FP8 matrices, [m, k] and [n, k], one scale each, into bf16."""
 
     m: int
     n: int
