@@ -8,6 +8,7 @@ change together.
 import dataclasses
 import difflib
 import json
+import sys
 import traceback
 import types
 import typing
@@ -38,6 +39,9 @@ class _Absent:
 
 
 ABSENT = _Absent()
+
+NO_MORE: Mapping[str, str] = {"data.shuffle_rows": "all rows of an epoch are shuffled"}
+"""Fields that decided what is no choice any more, and why: `--set` passes over them with a line on stderr."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -123,7 +127,10 @@ def override(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
             sign == "=" and key != "",
             f"--set {_short(text)!r} is not of the form key=value, such as train.lr.peak=1e-3.",
         )
-        _assign(tree, key.strip(), value)
+        if key.strip() in NO_MORE:
+            print(f"--set {key.strip()} has no effect any more: {NO_MORE[key.strip()]}.", file=sys.stderr)
+        else:
+            _assign(tree, key.strip(), value)
     return from_dict(tree)
 
 

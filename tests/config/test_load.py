@@ -232,3 +232,9 @@ def test_diff_lists_what_changed_and_nothing_else(tiny: RunConfig):
 def test_token_counts_stay_exact(tokens: int):
     cfg = TrainConfig(total_tokens=tokens)
     assert from_dict(to_dict(cfg), TrainConfig).total_tokens == tokens
+
+
+def test_a_field_that_is_no_more_is_passed_over_aloud(repository, capsys) -> None:
+    config = repository / "configs" / "tiny.py"
+    assert load_config(config, ["data.shuffle_rows=8"]) == load_config(config)
+    assert "data.shuffle_rows has no effect any more: all rows of an epoch are shuffled" in capsys.readouterr().err
