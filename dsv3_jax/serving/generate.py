@@ -50,7 +50,7 @@ def generate(
         eos_id: the id that ends a sequence, or several (`interop.stop_tokens.stop_ids` gives those of a folder). A
             sequence that produced one is filled up with it, and generation stops when all have.
         return_logprobs: also return the tokens' log-probabilities under the model's own distribution, softmax(logits):
-            before temperature, top_k and top_p, as other engines report them. 0 behind the end of a sequence, so a
+            before temperature, top_k and top_p. 0 behind the end of a sequence, so a
             row's sum is the log-probability of its completion.
         functions: what a layer is made of; default: `functions_of` the dtype that the parameters have.
 
