@@ -28,7 +28,7 @@ ALLOWED = {
         "dsv3_jax.parallel.axes",
     ],
     "dsv3_jax/flax.py": ["dsv3_jax.typing", "dsv3_jax.config", "dsv3_jax.model"],
-    "dsv3_jax/parallel": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config"],
+    "dsv3_jax/parallel": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config", "dsv3_jax.precision"],
     "dsv3_jax/data": ["dsv3_jax.typing", "dsv3_jax.interrupt", "dsv3_jax.progress", "dsv3_jax.config"],
     # convert quantises with dsv3_kernels.quantize; export reads a run's checkpoint.
     "dsv3_jax/interop": [
@@ -110,10 +110,14 @@ PURE = [
     "dsv3_jax/typing.py",
     "dsv3_jax/config/check.py",
     "dsv3_jax/config/model.py",
+    "dsv3_jax/config/parallel.py",
     "dsv3_jax/config/train.py",
     "dsv3_jax/config/run.py",
     "dsv3_jax/model",
     "dsv3_jax/precision",
+    "dsv3_jax/parallel/axes.py",
+    "dsv3_jax/parallel/mesh.py",
+    "dsv3_jax/parallel/sharding.py",
     "dsv3_jax/interop/hf_names.py",
     "dsv3_jax/training/loss.py",
     "dsv3_jax/training/optimizer.py",

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from dsv3_jax.config.check import check, check_finite
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.parallel import ParallelConfig
 from dsv3_jax.config.train import TrainConfig
 
 Precision = Literal["float32", "bfloat16", "mixed", "fp8_dsv3"]
@@ -17,7 +18,7 @@ class RunConfig:
 
     `precision` is what `functions_for` takes: "float32"; "bfloat16"; "mixed", float32 parameters and bfloat16
     arithmetic; "fp8_dsv3", the same with projections and experts multiplied in FP8. `seed` fixes the initial weights;
-    data has its own.
+    data has its own. `parallel` says how the run is spread over devices, and changes nothing of what it learns.
     """
 
     name: str
@@ -26,6 +27,7 @@ class RunConfig:
     train: TrainConfig
     precision: Precision = "float32"
     seed: int = 0
+    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 - it is frozen
 
     def __post_init__(self) -> None:
         check_finite(self)

@@ -35,6 +35,7 @@ class Functions:
     - `expert_ffn(gate_up [E, D, 2, F], down [E, F, D], dispatched)` -> rows [M, D]: the experts themselves, each row
       times its weight. `dispatched.block_expert` says whose a row is.
     - `combine(rows [M, D], dispatched.plan)` -> [N, D]: the sum of each token's rows (eq. 12).
+    - `routed_experts`: these three in turn, see `experts.routed_experts`; on many devices with an exchange around them.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Functions:
     expert_ffn: Callable[..., Array]
     dispatch: Callable[..., Any] = experts.dispatch
     combine: Callable[..., Array] = sum_rows
+    routed_experts: Callable[..., tuple[Array, Array]] = experts.routed_experts
     attend: Callable[..., Array] = attend
     route: Callable[..., tuple[Array, Array]] = route
 
@@ -89,7 +91,7 @@ def fp8_functions(*, gradient_tile: Tile = (1, 128)) -> Functions:
         project_attended=partial(fp8_linear.attention_linear, **settings),
         project_swiglu=partial(fp8_linear.swiglu_linear, **settings),
         dispatch=partial(experts.dispatch, gather=wire.gather_payload, block_size=fp8_experts.BLOCK_ROWS),
-        expert_ffn=partial(experts.fp8_expert_ffn, gradient_tile=gradient_tile),
+        expert_ffn=partial(fp8_experts.dispatched_ffn, gradient_tile=gradient_tile),
         combine=partial(wire.sum_payload_rows, gradient_tile=gradient_tile),
     )
 

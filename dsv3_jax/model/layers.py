@@ -18,7 +18,7 @@ from dsv3_jax.typing import Array, Float, Int, Params
 Remat = Literal["none", "paper", "full", "offload"]
 
 ATTENTION = ("mla_q_down", "mla_kv_down", "mla_attended", "mla_added", "mtp_joined")
-FEED_FORWARD = ("router_logits", "experts_plan", "experts_gate_up", "ffn_gate_up")
+FEED_FORWARD = ("router_logits", "experts_received", "experts_plan", "experts_gate_up", "ffn_gate_up")
 PAPER = ATTENTION + FEED_FORWARD
 """What large matmuls give, but for MLA's up-projections: those, norms, attention and SwiGLU are computed again
 (report section 3.2.3). `checkpoint_name` gives each name once, where the tensor is made."""

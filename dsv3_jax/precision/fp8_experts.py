@@ -4,6 +4,7 @@ It stands between the two ends of `wire`, and does not know whether rows came fr
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,14 @@ def expert_ffn(
     bytes of rows.
     """
     return _expert_ffn(*varying_alike(rows, gate_up, down, weights, block_expert), gradient_tile)
+
+
+def dispatched_ffn(
+    gate_up: Float[Array, "E D 2 F"], down: Float[Array, "E F D"], dispatched: Any, *, gradient_tile: Tile
+) -> Float[Array, "M D"]:
+    """`expert_ffn` with the arguments of `Functions.expert_ffn`."""
+    rows, *others = dispatched[:3]
+    return expert_ffn(rows, gate_up, down, *others, gradient_tile=gradient_tile)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -3,6 +3,7 @@
 Clip by global norm, two moments, decay on matrices only.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -60,6 +61,19 @@ def update_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"] | Int[Arr
     load = load.astype(jnp.float32)
     error = load.mean(axis=-1, keepdims=True) - load
     return bias + jnp.asarray(speed, bias.dtype) * jnp.sign(error)
+
+
+def router_biases(router_state: Params) -> Float[Array, "l E"]:
+    """The biases of all routers: main MoE layers in order, then MTP modules. No rows where routing has no bias."""
+    stacks = jax.tree.leaves(router_state)
+    return jnp.concatenate(stacks) if stacks else jnp.zeros((0, 1), jnp.float32)
+
+
+def with_router_biases(router_state: Params, biases: Float[Array, "l E"]) -> dict:
+    """A tree like `router_state` that holds `biases`, in the order of `router_biases`."""
+    stacks, treedef = jax.tree.flatten(router_state)
+    ends = list(itertools.accumulate(len(stack) for stack in stacks))
+    return treedef.unflatten(jnp.split(biases, ends[:-1])[: len(stacks)])
 
 
 def _stored_as(inner: optax.GradientTransformation, dtype: DType) -> optax.GradientTransformation:

@@ -17,10 +17,15 @@ import optax
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.functions import Functions, functions_for
-from dsv3_jax.model.moe.router import router_biases, with_router_biases
 from dsv3_jax.model.transformer import Hidden, hidden_states
 from dsv3_jax.training.loss import next_token_loss
-from dsv3_jax.training.optimizer import apply_update, make_optimizer, update_bias
+from dsv3_jax.training.optimizer import (
+    apply_update,
+    make_optimizer,
+    router_biases,
+    update_bias,
+    with_router_biases,
+)
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.typing import Array, Bool, Float, Int, Params
 

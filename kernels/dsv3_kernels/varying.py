@@ -20,7 +20,11 @@ def varying_as(tree: Any, *others: Any) -> Any:
 
     The gradient of such an array is summed over the axes it gained.
     """
-    axes = varying_axes(tree, others)
+    return varying_over(tree, varying_axes(tree, others))
+
+
+def varying_over(tree: Any, axes: tuple[str, ...]) -> Any:
+    """`tree` with its arrays typed as varying over `axes`, too."""
 
     def cast(array: Any) -> Any:
         gained = tuple(axis for axis in axes if axis not in _axes(array))

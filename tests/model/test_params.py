@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.model.moe.router import router_biases, stack_bias, with_router_biases
+from dsv3_jax.model.moe.router import stack_bias
 from dsv3_jax.model.params import (
     ParamSpec,
     abstract_params,
@@ -17,6 +17,7 @@ from dsv3_jax.model.params import (
     init,
 )
 from dsv3_jax.model.tree import model_tree
+from dsv3_jax.training.optimizer import router_biases, with_router_biases
 
 CONFIGS = {
     "all": {},

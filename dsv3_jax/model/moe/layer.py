@@ -1,6 +1,6 @@
 """DeepSeekMoE: shared experts plus the routed ones a token chose."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,23 +40,26 @@ def moe(
     `valid` marks tokens that are not padding: only they are routed, and count in loads and losses. The experts' own
     weights may be those of several layers, one after another; this layer's then begin at `first_expert`.
     """
+    chosen_BTK, decided = choose(params["router"], bias, x, valid, cfg=cfg, functions=functions)
+    routed = x, chosen_BTK, decided.weights.reshape(chosen_BTK.shape)
+    settings: Any = {"functions": functions, "num_experts": cfg.num_experts, "first_expert": first_expert}
+    out, dropped = functions.routed_experts(params["experts"], *routed, **settings)
+    if cfg.num_shared_experts:
+        with jax.named_scope("shared_experts"):
+            out = out + ffn(params["shared"], x, functions=functions)
+    return out, decided._replace(dropped=dropped)
+
+
+def choose(
+    params: Params, bias: Array | None, x: Array, valid: Array | None, *, cfg: MoEConfig, functions: Functions
+) -> tuple[Int[Array, "B T K"], Routing]:
+    """Each token's experts, -1 for padding, and the routing, in which nothing is dropped yet; arguments as in `moe`."""
     shape, E = (*x.shape[:2], cfg.top_k), cfg.num_experts
     with jax.named_scope("router"):
-        logits_BTE = router_logits(params["router"], x)
+        logits_BTE = router_logits(params, x)
         weights_NK, ids_NK = functions.route(logits_BTE.reshape(-1, E), bias, **routing(cfg))
         load = expert_load(ids_NK, None if valid is None else valid.reshape(-1), num_experts=E)
         balance = sequence_balance_loss(logits_BTE, valid, top_k=cfg.top_k, score=cfg.score)
         ids_BTK = ids_NK.reshape(shape)
         chosen_BTK = ids_BTK if valid is None else jnp.where(valid[:, :, None], ids_BTK, -1)
-    with jax.named_scope("dispatch"):
-        sent = functions.dispatch(x, chosen_BTK, weights_NK.reshape(shape), num_experts=E)
-        in_stack = jnp.where(sent.block_expert < 0, -1, sent.block_expert + first_expert)
-        sent = sent._replace(block_expert=in_stack)
-    with jax.named_scope("experts"):
-        rows = functions.expert_ffn(params["experts"]["gate_up"], params["experts"]["down"], sent)
-    with jax.named_scope("combine"):
-        out = functions.combine(rows, sent.plan).reshape(x.shape)
-    if cfg.num_shared_experts:
-        with jax.named_scope("shared_experts"):
-            out = out + ffn(params["shared"], x, functions=functions)
-    return out, Routing(ids_NK, weights_NK, load, balance, sent.dropped)
+    return chosen_BTK, Routing(ids_NK, weights_NK, load, balance, jnp.int32(0))

@@ -1,6 +1,5 @@
 """Choice of experts: sigmoid affinities, node-limited groups, balance by bias without auxiliary loss."""
 
-import itertools
 from typing import Literal
 
 import jax
@@ -101,16 +100,3 @@ def stack_bias(router_state: Params, stack: str) -> Float[Array, "*L E"] | None:
         return None
     layers = router_state["mtp"]["block"] if stack == "mtp" else router_state[stack]
     return layers["moe"]["router"]["bias"]
-
-
-def router_biases(router_state: Params) -> Float[Array, "l E"]:
-    """The biases of all routers: main MoE layers in order, then MTP modules. No rows where routing has no bias."""
-    stacks = jax.tree.leaves(router_state)
-    return jnp.concatenate(stacks) if stacks else jnp.zeros((0, 1), jnp.float32)
-
-
-def with_router_biases(router_state: Params, biases: Float[Array, "l E"]) -> dict:
-    """A tree like `router_state` that holds `biases`, in the order of `router_biases`."""
-    stacks, treedef = jax.tree.flatten(router_state)
-    ends = list(itertools.accumulate(len(stack) for stack in stacks))
-    return treedef.unflatten(jnp.split(biases, ends[:-1])[: len(stacks)])

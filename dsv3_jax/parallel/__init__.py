@@ -1,0 +1,1 @@
+"""One program on many devices: meshes, how arrays lie on them, what devices exchange, pipelines."""
