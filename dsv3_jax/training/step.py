@@ -133,7 +133,7 @@ class Step:
     """A step as a function of (state, stacked micro-batches, rates); each of its programs has jit's `.lower`.
 
     `fused` is the whole step over one micro-batch. For several: `denominators` and `zeros`, then `accumulate` for each,
-    then `update`.
+    then `update`. `place` puts NumPy arrays where the programs read them.
     """
 
     fused: Any
@@ -141,24 +141,25 @@ class Step:
     zeros: Any
     accumulate: Any
     update: Any
+    place: Callable[[Batch], Batch] = lambda batches: batches
 
     def __call__(self, state: TrainState, batches: Batch, rates: Rates) -> tuple[TrainState, StepReport]:
         """The state after one step, and its report; `state` is consumed."""
         num = batches.tokens.shape[0]
         if num == 1:
-            return self.fused(state, batches, rates)
-        denominators = self.denominators(batches)
-        sums = self.zeros(state, _micro_batch(batches, 0), denominators, rates)
+            return self.fused(state, self.place(batches), rates)
+        denominators = self.denominators(self.place(batches))
+        sums = self.zeros(state, self.place(_micro_batch(batches, 0)), denominators, rates)
         for i in range(num):
-            sums = self.accumulate(sums, state, _micro_batch(batches, i), denominators, rates)
+            sums = self.accumulate(sums, state, self.place(_micro_batch(batches, i)), denominators, rates)
         return self.update(state, sums, rates)
 
     def compile(self, state: TrainState, batches: Batch, rates: Rates) -> None:
         """Compiles what a call with these arguments needs, and consumes nothing; the call then finds it."""
         if batches.tokens.shape[0] == 1:
-            self.fused.lower(state, batches, rates).compile()
+            self.fused.lower(state, self.place(batches), rates).compile()
             return
-        arguments = (state, _micro_batch(batches, 0), self.denominators(batches), rates)
+        arguments = (state, self.place(_micro_batch(batches, 0)), self.denominators(self.place(batches)), rates)
         sums = self.zeros(*arguments)
         self.accumulate.lower(sums, *arguments).compile()
         self.update.lower(state, sums, rates).compile()
@@ -171,6 +172,7 @@ def make_step(
     functions: Functions | None = None,
     gradients: Gradients | None = None,
     shardings: TrainState | None = None,
+    place: Callable[[Batch], Batch] = lambda batches: batches,
 ) -> Step:
     """The compiled step of `cfg`; it consumes the state it is given (donated buffers).
 
@@ -182,6 +184,7 @@ def make_step(
         functions: what a layer is made of; default: those that `cfg.precision` names.
         gradients: in place of autodiff of `loss`, such as a pipeline.
         shardings: of a `TrainState`, of the results of every program; without them XLA chooses where moments lie.
+        place: of the `Step`.
     """
     gradients = gradients or partial(gradients_of, partial(loss, cfg=cfg, functions=functions))
     update = jax.named_scope("optimizer")(partial(apply_gradients, cfg=cfg))
@@ -204,6 +207,7 @@ def make_step(
         jax.jit(zeros, out_shardings=sharded_sums),
         jax.jit(accumulate, donate_argnums=0, out_shardings=sharded_sums),
         jax.jit(update, donate_argnums=0, out_shardings=sharded),
+        place,
     )
 
 
