@@ -55,7 +55,7 @@ def sharded_gradients(
         return Sums(*summed(value_and_terms, rows), jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
     stored = stored_specs(specs, mesh)
-    whole = PartitionSpec()
+    whole: Any = PartitionSpec()
 
     def gradients(state: TrainState, batch: Batch, denominators: Denominators, rates: Rates) -> Sums:
         manual = jax.shard_map(
