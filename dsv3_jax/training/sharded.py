@@ -52,7 +52,8 @@ def sharded_gradients(
 
     def of_a_device(*arguments):
         value_and_terms, grads = jax.value_and_grad(local_loss, has_aux=True)(*arguments)
-        return Sums(*summed(value_and_terms, rows), jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        value, terms = summed(value_and_terms, rows)
+        return Sums(value, terms, jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
     stored = stored_specs(specs, mesh)
     whole: Any = PartitionSpec()
