@@ -7,7 +7,8 @@ from jax.sharding import Mesh
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.model.functions import Functions
 from dsv3_jax.parallel.axes import ROWS
-from dsv3_jax.training.sharded import place, sharded_gradients, used_axes
+from dsv3_jax.training.batches import place
+from dsv3_jax.training.sharded import sharded_gradients, used_axes
 from dsv3_jax.training.state import state_shardings
 from dsv3_jax.training.step import Step, make_step
 
@@ -15,7 +16,7 @@ from dsv3_jax.training.step import Step, make_step
 def step_on(cfg: RunConfig, mesh: Mesh | None, functions: Functions) -> Step:
     """The compiled step of `cfg` on `mesh`; one device, or no mesh, is the plain step.
 
-    Its batches hold the rows of this process (`own_rows`), which `Step.place` puts on the mesh.
+    Its batches hold the rows of this process (`batches.own_rows`), which `Step.place` puts on the mesh.
     """
     if mesh is None or mesh.size == 1:
         return make_step(cfg, functions=functions)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.data.batch import Batch
@@ -24,6 +24,7 @@ from dsv3_jax.parallel.axes import PIPE, ROWS, TENSOR
 from dsv3_jax.parallel.exchange import exchanged
 from dsv3_jax.parallel.mesh import size_of
 from dsv3_jax.parallel.sharding import store
+from dsv3_jax.training.batches import batch_specs, place
 from dsv3_jax.training.loss import next_token_loss
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import Denominators, Gradients, Rates, Sums, batch_loss
@@ -102,23 +103,6 @@ def sharded_evaluator(cfg: RunConfig, mesh: Mesh, functions: Functions) -> Calla
         return on_mesh_batch(variables, place(batch, mesh, rows))
 
     return sum_loss
-
-
-def place(batch: Batch, mesh: Mesh, rows: tuple[str, ...]) -> Batch:
-    """This process's rows of a batch as arrays on the mesh, split over the axes `rows`."""
-
-    def put(leaf: Any, spec: PartitionSpec) -> jax.Array:
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), leaf)
-
-    return jax.tree.map(put, batch, batch_specs(batch, rows))
-
-
-def batch_specs(batch: Batch, rows: tuple[str, ...]) -> Batch:
-    """How a batch lies whose rows are split over the axes `rows`; stacked micro-batches, too."""
-    stacked = (None,) * (batch.tokens.ndim - 2)
-    first, second = PartitionSpec(*stacked, rows or None), PartitionSpec(*stacked, None, rows or None)
-    specs = Batch(first, second, second, first, first, first)
-    return Batch(*(None if leaf is None else spec for leaf, spec in zip(batch, specs, strict=True)))
 
 
 def stored_specs(specs: Params, mesh: Mesh) -> Params:
