@@ -29,6 +29,8 @@ ALLOWED = {
     ],
     "dsv3_jax/flax.py": ["dsv3_jax.typing", "dsv3_jax.config", "dsv3_jax.model"],
     "dsv3_jax/parallel": ["dsv3_jax.typing", "dsv3_kernels", "dsv3_jax.config", "dsv3_jax.precision"],
+    # a program
+    "dsv3_jax/parallel/pipeline/show.py": ["dsv3_jax.typing", "dsv3_jax.interrupt", "dsv3_jax.config"],
     "dsv3_jax/data": ["dsv3_jax.typing", "dsv3_jax.interrupt", "dsv3_jax.progress", "dsv3_jax.config"],
     # convert quantises with dsv3_kernels.quantize; export reads a run's checkpoint.
     "dsv3_jax/interop": [
