@@ -24,6 +24,8 @@ class DataConfig:
     which does not state the share).
     `document_mask`: False lets attention cross the documents of a row (the report's pre-training); True keeps them
     apart by segment ids (its fine-tuning). Labels never cross.
+    `streams`: independent readers that the rows of a batch come from; every process makes the rows of an equal part of
+    them, so their number is a multiple of that of the processes.
 
     Reading. `cache_dir`: folder of the tokenised shards, to share them between runs; None: `RUN_DIR/data`.
     `prefetch_batches`: batches made ahead by a thread; 0 = off.
@@ -39,6 +41,7 @@ class DataConfig:
     fim_rate: float = 0.1
     token_split_rate: float = 0.1
     document_mask: bool = False
+    streams: int = 64
     cache_dir: str | None = None
     prefetch_batches: int = 8
     heldout_overlap: float = 0.5
@@ -79,6 +82,7 @@ class DataConfig:
             self.prefetch_batches >= 0,
             f"prefetch_batches={self.prefetch_batches} is negative; use 0 for none (DataConfig.prefetch_batches).",
         )
+        check(self.streams >= 1, f"streams={self.streams} must be at least 1; 64 serve (DataConfig.streams).")
         for name in ("tokenizer", "cache_dir"):
             value = getattr(self, name)
             check(value is None or value.strip() != "", f"{name}={value!r} is empty; use None or a path (DataConfig).")

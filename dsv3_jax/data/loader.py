@@ -14,11 +14,14 @@ from dsv3_jax.config.data import DataConfig
 from dsv3_jax.data import pack
 from dsv3_jax.data.batch import Batch, make_batch
 from dsv3_jax.data.pieces import Documents, shuffled_pieces
+from dsv3_jax.data.row_streams import Part, RowStreams
 from dsv3_jax.data.rows import FullRows
 from dsv3_jax.data.shards import Shards
 from dsv3_jax.data.tokenizer import TextTokenizer
 
 _NUM_BINS = 16
+_MOST_WAITING_TOKENS = 2**17
+"""Bounds of the rows that wait in each stream with masks: fewer pack less densely, more take memory."""
 
 
 def make_train_iterator(
@@ -30,19 +33,19 @@ def make_train_iterator(
     seq_len: int,
     mtp_depth: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: Part | None = None,
 ) -> grain.DatasetIterator:
-    """Endless batches of `batch_size` rows with labels of every depth; each epoch has its own order of all rows.
+    """Endless batches of `batch_size` rows with labels of every depth; each epoch has its own order of all pieces.
 
     `get_state()` is small JSON; `set_state` of it, in a fresh iterator made with the same arguments, continues with
-    the very next batch, bit for bit. Every process makes the same rows and takes its own, the i-th `batch_size` of
-    every `process_count` times as many: neither rows nor state depend on the number of processes. Call `close()` at
-    the end.
+    the very next batch, bit for bit. With `part`, only that part of the rows of every batch is made, from its part of
+    `cfg.streams`; neither batches nor states depend on the number of parts (`row_streams`). Call `close()` at the end.
 
     Raises:
-        UserError: marks for fill-in-the-middle are missing.
+        UserError: marks for fill-in-the-middle are missing, or batch or streams do not divide into such parts.
     """
+    part = part or Part()
+    _check_part(part, batch_size, cfg.streams)
     if cfg.fim_rate > 0 and tokenizer.fim is None:
         raise UserError("the tokenizer lacks the marks of fill-in-the-middle; set data.fim_rate=0.")
     arranging, shuffling, packing = (int(s) >> 1 for s in np.random.SeedSequence(seed).generate_state(3))
@@ -50,13 +53,11 @@ def make_train_iterator(
         shards, tokenizer, fim_rate=cfg.fim_rate, token_split_rate=cfg.token_split_rate, seed=arranging
     )
     pieces = shuffled_pieces(documents, seq_len=seq_len, seed=shuffling)
+    rows_of = functools.partial(FullRows, seq_len=seq_len)
     if cfg.document_mask:
-        rows = _separate_rows(pieces, seq_len=seq_len, pad_id=tokenizer.pad_id, seed=packing)
-    else:
-        rows = FullRows(pieces, seq_len=seq_len)
-    mine = slice(process_index * batch_size, (process_index + 1) * batch_size)
-    finish = functools.partial(_finish, mine=mine, mtp_depth=mtp_depth, document_mask=cfg.document_mask)
-    batches = rows.batch(batch_size * process_count, drop_remainder=True).map(finish)
+        rows_of = functools.partial(_separate_rows, seq_len=seq_len, pad_id=tokenizer.pad_id, seed=packing)
+    rows = RowStreams(pieces, rows_of, num_streams=cfg.streams, batch_size=batch_size, part=part)
+    batches = rows.map(functools.partial(_finish, mtp_depth=mtp_depth, document_mask=cfg.document_mask))
     batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=cfg.prefetch_batches)
     return iter(batches)
 
@@ -69,27 +70,24 @@ def heldout_batches(
     seq_len: int,
     overlap: float = 0.5,
     max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Every held-out token once, as it is: batches of depth 0 with `num_bytes`, always in the same order.
 
     Documents are `bos text eos`, each in windows of its own (`pack.heldout_windows`), which come in an order drawn
     once, so that the first `max_batches` are a fair sample. `weights` mark the labels a window scores, `num_bytes` the
     UTF-8 bytes these stand for. So bits per byte = Σ nll (nats) · weights / ln 2 / Σ num_bytes, with every byte and
-    every end of document paid for. The last batch is filled up with rows of padding; all processes get the same
-    number of batches.
+    every end of document paid for. The last batch is filled up with rows of padding. Every process makes whole
+    batches: they cost little, and what they score is known to all.
     """
     windows = _windows(tokenizer, shards, seq_len, overlap)
-    size = batch_size * process_count
     num_batches = 0
     while max_batches is None or num_batches < max_batches:
-        rows = list(itertools.islice(windows, size))
+        rows = list(itertools.islice(windows, batch_size))
         if not rows:
             return
         blank = _Window(np.full_like(rows[0].tokens, tokenizer.pad_id), *map(np.zeros_like, rows[0][1:]))
-        mine = (rows + [blank] * (size - len(rows)))[process_index * batch_size : (process_index + 1) * batch_size]
-        tokens, segment_ids, is_scored, num_bytes = map(np.stack, zip(*mine, strict=True))
+        rows += [blank] * (batch_size - len(rows))
+        tokens, segment_ids, is_scored, num_bytes = map(np.stack, zip(*rows, strict=True))
         yield make_batch(tokens, segment_ids)._replace(weights=is_scored[None], num_bytes=num_bytes)
         num_batches += 1
 
@@ -97,7 +95,7 @@ def heldout_batches(
 def num_heldout_batches(
     tokenizer: TextTokenizer, shards: Shards, *, batch_size: int, seq_len: int, overlap: float = 0.5
 ) -> int:
-    """How many batches `heldout_batches` yields without a bound, to one process."""
+    """How many batches `heldout_batches` yields without a bound."""
     return -(-len(_places(tokenizer, shards, seq_len, overlap)) // batch_size)
 
 
@@ -120,14 +118,23 @@ def _separate_rows(pieces: grain.MapDataset, *, seq_len: int, pad_id: int, seed:
         grain.experimental.FlatMapIterDataset(stream, _Cut(seq_len)),
         length_struct={"tokens": seq_len + 1},
         padding_struct={"tokens": pad_id},
-        num_packing_bins=_NUM_BINS,
+        num_packing_bins=max(2, min(_NUM_BINS, _MOST_WAITING_TOKENS // seq_len)),
         seed=seed,
     )
 
 
-def _finish(rows: dict[str, np.ndarray], *, mine: slice, mtp_depth: int, document_mask: bool) -> Batch:
-    tokens, segment_ids = rows["tokens"][mine], rows["tokens_segment_ids"][mine]
-    positions = rows["tokens_positions"][mine] if document_mask else None
+def _check_part(part: Part, batch_size: int, num_streams: int) -> None:
+    for key, size in (("train.batch.micro", batch_size), ("data.streams", num_streams)):
+        if size % part.count:
+            raise UserError(
+                f"{key}={size} cannot be divided among {part.count} processes that make rows of their own; give a "
+                f"multiple of {part.count}, or start as many processes as divide it."
+            )
+
+
+def _finish(rows: dict[str, np.ndarray], *, mtp_depth: int, document_mask: bool) -> Batch:
+    tokens, segment_ids = rows["tokens"], rows["tokens_segment_ids"]
+    positions = rows["tokens_positions"] if document_mask else None
     return make_batch(tokens, segment_ids, positions, mtp_depth=mtp_depth, document_mask=document_mask)
 
 

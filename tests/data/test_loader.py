@@ -11,6 +11,7 @@ from dsv3_jax.config.check import UserError
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.data import loader, tokenizer
 from dsv3_jax.data.build_folder import prepare
+from dsv3_jax.data.row_streams import Part
 
 MASKS = pytest.mark.parametrize("document_mask", [False, True])
 
@@ -75,18 +76,15 @@ def test_the_state_survives_a_checkpoint_of_orbax(cfg, prepared, tmp_path):
 
 
 @MASKS
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_batches_of_one(cfg, prepared, document_mask, process_count):
-    """Row by row, also from a state that another number of processes saved."""
-    cfg = dataclasses.replace(cfg, document_mask=document_mask)
+@pytest.mark.parametrize("count", [2, 4])
+def test_parts_make_the_batches_of_one_process(cfg, prepared, document_mask, count):
+    """Row by row, from one state, and what they save together is what one process saves."""
+    cfg = dataclasses.replace(cfg, document_mask=document_mask, streams=12)
     whole = _iterator(cfg, prepared, batch_size=8)
     for _ in range(5):
         next(whole)
     state = json.loads(json.dumps(whole.get_state()))
-    parts = [
-        _iterator(cfg, prepared, batch_size=8 // process_count, process_index=i, process_count=process_count)
-        for i in range(process_count)
-    ]
+    parts = [_iterator(cfg, prepared, batch_size=8, part=Part(index, count)) for index in range(count)]
     for part in parts:
         part.set_state(state)
     for _ in range(5):
@@ -95,8 +93,16 @@ def test_processes_share_the_batches_of_one(cfg, prepared, document_mask, proces
             if array is not None:
                 joined = np.concatenate([getattr(batch, name) for batch in found], axis=-2)
                 np.testing.assert_array_equal(joined, array)
+    joined = {number: state for part in parts for number, state in part.get_state()["streams"].items()}
+    assert {**parts[0].get_state(), "streams": joined} == whole.get_state()
     for batches in (whole, *parts):
         batches.close()
+
+
+def test_parts_that_are_not_equal_are_refused(cfg, prepared):
+    for wrong, name in ((3, "train.batch.micro=8"), (8, "data.streams=12")):
+        with pytest.raises(UserError, match=f"{name} cannot be divided among {wrong} processes"):
+            _iterator(dataclasses.replace(cfg, streams=12), prepared, batch_size=8, part=Part(0, wrong))
 
 
 @MASKS
@@ -195,19 +201,12 @@ def test_without_bos_texts_begin_with_their_first_token(cfg, prepared, tmp_path)
     batches.close()
 
 
-def test_heldout_is_shared_out_in_equal_numbers_of_batches(prepared):
-    def batches(**settings):
-        found = loader.heldout_batches(prepared.tokenizer, prepared.heldout, seq_len=64, **settings)
-        return list(found)
-
-    whole = batches(batch_size=6)
-    parts = [batches(batch_size=2, process_index=i, process_count=3) for i in range(3)]
-    assert [len(part) for part in parts] == [len(whole)] * 3
-    for number, batch in enumerate(whole):
-        for name, value in batch._asdict().items():
-            found = [getattr(part[number], name) for part in parts]
-            np.testing.assert_array_equal(np.concatenate(found, axis=-1 if name == "num_bytes" else -2), value)
-    assert len(batches(batch_size=6, max_batches=2)) == 2
+def test_heldout_batches_are_of_one_size_and_stop_at_a_bound(prepared):
+    settings = {"batch_size": 6, "seq_len": 64}
+    whole = list(loader.heldout_batches(prepared.tokenizer, prepared.heldout, **settings))
+    assert len(whole) == loader.num_heldout_batches(prepared.tokenizer, prepared.heldout, **settings)
+    assert {batch.tokens.shape for batch in whole} == {(6, 64)}
+    assert len(list(loader.heldout_batches(prepared.tokenizer, prepared.heldout, **settings, max_batches=2))) == 2
 
 
 def test_settings_are_validated():
@@ -218,6 +217,7 @@ def test_settings_are_validated():
         {"heldout_fraction": 1.0},
         {"heldout_overlap": 1.0},
         {"prefetch_batches": -1},
+        {"streams": 0},
         {"paths": ("",)},
         {"text_field": ""},
         {"tokenizer": ""},
