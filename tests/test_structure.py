@@ -111,6 +111,7 @@ EDGES = ("dsv3_jax/__init__.py", "dsv3_jax/bench")
 PURE = [
     "dsv3_jax/typing.py",
     "dsv3_jax/config/check.py",
+    "dsv3_jax/config/mesh_rules.py",
     "dsv3_jax/config/model.py",
     "dsv3_jax/config/parallel.py",
     "dsv3_jax/config/train.py",

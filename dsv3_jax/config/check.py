@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from types import NoneType
 from typing import Any, get_args
 
@@ -18,6 +19,19 @@ def check(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def divisors(number: int) -> list[int]:
+    """Every whole number that divides `number`, from 1 up."""
+    small = [factor for factor in range(1, math.isqrt(number) + 1) if number % factor == 0]
+    return sorted({*small, *(number // factor for factor in small)})
+
+
+def one_of(choices: Iterable[int], *, near: int) -> str:
+    """The valid `choices` for a message, as "1, 2 or 4": of many, the six nearest to the value that was refused."""
+    nearest = sorted(sorted(choices, key=lambda choice: abs(choice - near))[:6])
+    *most, last = map(str, nearest)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def check_finite(config: Any) -> None:

@@ -43,6 +43,14 @@ ABSENT = _Absent()
 NO_MORE: Mapping[str, str] = {"data.shuffle_rows": "all rows of an epoch are shuffled"}
 """Fields that decided what is no choice any more, and why: `--set` passes over them with a line on stderr."""
 
+NOT_BUILT: Mapping[str, str] = {
+    "parallel.sequence": (
+        "context parallelism is not built: no axis splits a sequence; the axes are pipe, data, expert and tensor, and "
+        "train.remat=full or parallel.gather=layer make room for longer rows"
+    ),
+}
+"""Fields that are looked for here because others have them, and what there is instead."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration that the Python file at `path` returns, with `overrides` ("a.b=value") applied.
@@ -194,6 +202,8 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
         inside = [name for name in known if name.startswith(key + ".")]
         if inside:
             raise ConfigError(f"--set {key!r} names a group; set one of its fields: {', '.join(inside)}.")
+        if key in NOT_BUILT:
+            raise ConfigError(f"--set {key!r}: {NOT_BUILT[key]}.")
         near = _nearest(key, known)
         raise ConfigError(f"--set {_short(key)!r}: unknown key" + (f"; did you mean {near!r}?" if near else "."))
     *parents, name = key.split(".")

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-from dsv3_jax.config.check import check, check_finite
+from dsv3_jax.config.check import check, check_finite, divisors, one_of
 
 Schedule = Literal["dualpipe_v", "dualpipe", "one_f_one_b"]
 Gather = Literal["step", "layer"]
@@ -47,8 +47,8 @@ class ParallelConfig:
         )
         check(
             self.expert % self.expert_nodes == 0,
-            f"expert={self.expert} peers do not spread over expert_nodes={self.expert_nodes} nodes evenly; use "
-            "a divisor of expert (ParallelConfig.expert_nodes).",
+            f"expert={self.expert} peers cannot be shared by expert_nodes={self.expert_nodes} nodes; expert_nodes may "
+            f"be {one_of(divisors(self.expert), near=self.expert_nodes)} (ParallelConfig.expert_nodes).",
         )
         for name, known in (("schedule", Schedule), ("gather", Gather), ("overflow", Overflow)):
             check(
@@ -59,4 +59,9 @@ class ParallelConfig:
         check(
             self.capacity is None or self.capacity > 0,
             f"capacity={self.capacity} must be positive, or none for room for all (ParallelConfig.capacity).",
+        )
+        check(
+            self.schedule != "dualpipe" or self.pipe == 1 or self.pipe % 2 == 0,
+            f"schedule='dualpipe' joins ranks from both ends in pairs, but pipe={self.pipe} is odd; use pipe="
+            f"{self.pipe - 1 or 2} or {self.pipe + 1}, or schedule='dualpipe_v' (ParallelConfig.schedule).",
         )

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from dsv3_jax.config.check import check, check_finite
 from dsv3_jax.config.data import DataConfig
+from dsv3_jax.config.mesh_rules import check_mesh
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.parallel import ParallelConfig
 from dsv3_jax.config.train import TrainConfig
@@ -50,6 +51,7 @@ class RunConfig:
             "that an exported model admits to; shorten the rows or raise model.max_position (RunConfig).",
         )
         check(0 <= self.seed < 2**31, f"seed={self.seed} is outside 0..2^31-1 (RunConfig.seed).")
+        check_mesh(self.parallel, model=self.model, train=self.train, precision=self.precision)
 
     @property
     def moment_dtype(self) -> Literal["float32", "bfloat16"]:

@@ -1,15 +1,15 @@
 """The mesh of a run, made of the devices there are."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from dsv3_jax.config.check import check
+from dsv3_jax.config.check import check, divisors, one_of
 from dsv3_jax.config.parallel import ParallelConfig
-from dsv3_jax.parallel.axes import AXES
+from dsv3_jax.parallel.axes import AXES, DATA, EXPERT, NODE, PIPE, TENSOR
 
 
 def mesh_shape(parallel: ParallelConfig, num_devices: int) -> dict[str, int]:
@@ -18,22 +18,14 @@ def mesh_shape(parallel: ParallelConfig, num_devices: int) -> dict[str, int]:
     Raises:
         ConfigError: the axes do not multiply to the devices.
     """
-    nodes = parallel.expert_nodes
-    sizes = {"pipe": parallel.pipe, "data": 1, "node": nodes, "expert": parallel.expert // nodes}
-    sizes["tensor"] = parallel.tensor
-    used, data = math.prod(sizes.values()), parallel.data
-    given = {name: getattr(parallel, name) for name in ("pipe", "expert", "tensor") if getattr(parallel, name) > 1}
-    told = " x ".join(f"{name} {size}" for name, size in given.items()) or "no axis"
-    if data == -1:
-        check(num_devices % used == 0, f"parallel: {told} = {used} does not divide {num_devices} devices; {_choices()}")
-        data = num_devices // used
-    check(
-        used * data == num_devices,
-        f"parallel: {told} x data {data} = {used * data}, but there are {num_devices} devices; set parallel.data=-1 "
-        "for what is left, or start as many devices.",
-    )
-    sizes["data"] = data
-    return {axis: sizes[axis] for axis in AXES}
+    nodes, data = parallel.expert_nodes, parallel.data
+    sizes = {PIPE: parallel.pipe, DATA: data, NODE: nodes, EXPERT: parallel.expert // nodes, TENSOR: parallel.tensor}
+    used = math.prod(size for size in sizes.values() if size > 0)
+    if data > 0:
+        check(used == num_devices, _refusal(parallel, used, num_devices, lambda left: [left]))
+        return sizes
+    check(num_devices % used == 0, _refusal(parallel, used, num_devices, divisors))
+    return {**sizes, DATA: num_devices // used}
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -54,5 +46,24 @@ def size_of(mesh: Any, axes: Sequence[str]) -> int:
     return math.prod(shape[axis] for axis in axes)
 
 
-def _choices() -> str:
-    return "use sizes whose product does."
+def _refusal(parallel: ParallelConfig, used: int, num_devices: int, sizes_for: Callable[[int], list[int]]) -> str:
+    """Which axes do not multiply to the devices, and what each may be if the others stay.
+
+    `sizes_for(left)`: what an axis may be where the others leave it `left` devices.
+    """
+    sizes = {name: getattr(parallel, name) for name in ("pipe", "data", "expert", "tensor")}
+    given = {name: size for name, size in sizes.items() if size > 1 or (name, size) == ("data", 1)}
+    choices = []
+    for name, size in given.items():
+        left, too_many = divmod(num_devices, used // size)
+        each = parallel.expert_nodes if name == "expert" else 1
+        fitting = [] if too_many else [one for one in sizes_for(left) if one % each == 0 and one]
+        choices += [f"{name} may be {one_of(fitting, near=size)}"] if fitting else []
+    told = " x ".join(f"{name} {size}" for name, size in given.items()) + (f" = {used}" if len(given) > 1 else "")
+    rule = (
+        f"does not divide {num_devices} devices"
+        if parallel.data == -1
+        else f"is not the {num_devices} devices there are"
+    )
+    product = one_of(sizes_for(num_devices), near=used)
+    return f"parallel: {told} {rule}; {' or '.join(choices) or f'the product may be {product}'}."
