@@ -21,10 +21,10 @@ from dsv3_jax.model.functions import Functions
 from dsv3_jax.model.params import ParamSpec, abstract_params
 from dsv3_jax.model.transformer import hidden_states
 from dsv3_jax.parallel.axes import PIPE, ROWS, TENSOR
-from dsv3_jax.parallel.exchange import exchanged
 from dsv3_jax.parallel.mesh import size_of
 from dsv3_jax.parallel.sharding import store
 from dsv3_jax.training.batches import batch_specs, place
+from dsv3_jax.training.exchanged import exchanged
 from dsv3_jax.training.loss import next_token_loss
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import Denominators, Gradients, Rates, Sums, batch_loss
@@ -130,7 +130,7 @@ def local_config(cfg: RunConfig, mesh: Mesh) -> RunConfig:
 def on_mesh(functions: Functions, cfg: RunConfig, mesh: Mesh) -> Functions:
     """`functions` with what a mesh puts around them."""
     parallel = cfg.parallel
-    functions = exchanged(functions, mesh, capacity=parallel.capacity, overflow=parallel.overflow)
+    functions = exchanged(functions, cfg.model.moe, mesh, capacity=parallel.capacity, overflow=parallel.overflow)
     return tensor_split(functions) if mesh.shape[TENSOR] > 1 else functions
 
 
