@@ -58,13 +58,19 @@ def num_stages(parallel: ParallelConfig) -> int:
 
 
 def schedule_note(parallel: ParallelConfig, batch: BatchConfig) -> str | None:
-    """What a run says once at its start when some of its steps have too few micro-batches for its schedule."""
-    smallest, needed = batch.start // batch.micro, 2 * parallel.pipe
-    if parallel.pipe == 1 or smallest >= needed:
+    """What a run logs once at its start when some of its steps have other micro-batches than its schedule takes.
+
+    As `parallel.pipeline.schedule.planned` decides it for each step.
+    """
+    smallest, needed, is_ramp = batch.start // batch.micro, 2 * parallel.pipe, batch.start < batch.full
+    is_short = parallel.schedule != "one_f_one_b" and smallest < needed
+    is_odd = parallel.schedule == "dualpipe" and (is_ramp or smallest % 2 == 1)
+    if parallel.pipe == 1 or not (is_short or is_odd):
         return None
+    takes = f"at least 2 x pipe = {needed}" + (", an even number," if parallel.schedule == "dualpipe" else "")
     return (
-        f"steps of {smallest} micro-batches are run in the order of `greedy`: {parallel.schedule} begins at 2 x "
-        f"pipe = {needed}."
+        f"parallel.schedule: {parallel.schedule} takes {takes} micro-batches a step; steps of others, from {smallest}, "
+        "run in the order of `greedy` on the same ranks."
     )
 
 

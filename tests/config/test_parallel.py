@@ -111,14 +111,22 @@ def test_streams_are_shared_by_the_processes():
         check_streams(64, 6)
 
 
-def test_fewer_micro_batches_than_a_schedule_needs_are_told_not_refused():
-    batch = BatchConfig(start=8, full=64, ramp_tokens=0, micro=4)
-    assert schedule_note(ParallelConfig(), batch) is None
-    assert schedule_note(ParallelConfig(pipe=1), batch) is None
-    note = schedule_note(ParallelConfig(pipe=2), batch)
-    assert note == "steps of 2 micro-batches are run in the order of `greedy`: dualpipe_v begins at 2 x pipe = 4."
-    assert num_stages(ParallelConfig(pipe=2)) == 4
-    assert num_stages(ParallelConfig(pipe=2, schedule="dualpipe")) == 2
+def test_a_number_of_micro_batches_that_a_schedule_does_not_take_is_told_not_refused():
+    def note(batch: BatchConfig, **axes) -> str:
+        return schedule_note(ParallelConfig(**axes), batch) or ""
+
+    ramp, odd = BatchConfig(start=8, full=64, ramp_tokens=0, micro=4), BatchConfig(start=9, full=9, micro=1)
+    assert note(ramp) == note(ramp, pipe=2, schedule="one_f_one_b") == note(ramp, pipe=1) == note(odd, pipe=4) == ""
+    told = "dualpipe_v takes at least 2 x pipe = 4 micro-batches a step; steps of others, from 2, run in the order of"
+    assert told in note(ramp, pipe=2)
+    assert "dualpipe takes at least 2 x pipe = 8, an even number, micro-batches a step" in note(
+        odd, pipe=4, schedule="dualpipe"
+    )
+
+
+def test_stages_are_two_a_rank_for_dualpipe_v_alone():
+    stages = [num_stages(ParallelConfig(pipe=2, schedule=name)) for name in ("dualpipe_v", "dualpipe", "one_f_one_b")]
+    assert [*stages, num_stages(ParallelConfig())] == [4, 2, 2, 1]
 
 
 def test_a_run_stored_before_there_were_meshes_is_one_of_the_defaults():
