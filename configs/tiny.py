@@ -53,7 +53,7 @@ def get_config() -> RunConfig:
         output=OutputConfig(eval_every=200, eval_batches=24, checkpoint_every=200, keep_checkpoints=2),
         ema_decay=0.95,
         ema_every=4,
-        remat="none",
+        remat="paper",
         loss_chunk_size=64,
     )
     return RunConfig(name="tiny", model=model, data=DataConfig(), train=train)

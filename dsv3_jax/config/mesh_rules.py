@@ -23,9 +23,9 @@ def check_mesh(parallel: ParallelConfig, *, model: ModelConfig, train: TrainConf
     _check_tensor(parallel, model, precision)
     _check_stages(parallel, model)
     check(
-        parallel.pipe == 1 or train.remat != "none" or precision in ("float32", "bfloat16"),
-        f"train.remat='none' with parallel.pipe={parallel.pipe} would save the weights that precision={precision!r} "
-        "casts, once for each micro-batch under way; use train.remat='paper' or 'full'.",
+        parallel.pipe == 1 or train.remat != "none",
+        f"train.remat='none' with parallel.pipe={parallel.pipe} would save weights as they are cast, once for each "
+        "micro-batch under way; use train.remat='paper' or 'full'.",
     )
     check_rows(train.batch, data=max(parallel.data, 1), expert=parallel.expert)
 

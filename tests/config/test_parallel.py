@@ -68,8 +68,11 @@ def test_a_mesh_that_does_not_fit_is_refused_with_what_does(settings: str, messa
             "model.mla.num_heads x qk_head_dim=192 over parallel.tensor=2 leaves 96 on each device, which is no "
             "multiple of 128, the tile of precision='fp8_dsv3'; tensor may be 1.",
         ),
-        ("precision=mixed parallel.pipe=2", "parallel.pipe=2 would save the weights that precision='mixed' casts"),
-        ("precision=fp8_dsv3 parallel.pipe=2", "use train.remat='paper' or 'full'."),
+        (
+            "train.remat=none parallel.pipe=2",
+            "train.remat='none' with parallel.pipe=2 would save weights as they are cast, once for each micro-batch "
+            "under way; use train.remat='paper' or 'full'.",
+        ),
     ],
 )
 def test_a_mesh_that_contradicts_another_setting_is_refused(settings: str, message: str):
@@ -80,7 +83,7 @@ def test_a_mesh_that_contradicts_another_setting_is_refused(settings: str, messa
 @pytest.mark.parametrize(
     "settings",
     [
-        "pipe=2 expert=2",  # weights of float32 are not cast: remat="none" saves none of them
+        "pipe=2 expert=2",
         "pipe=4 schedule=dualpipe",
         "expert=8 expert_nodes=2 tensor=4 capacity=1.25 overflow=drop",
         "data=4 expert=2 gather=layer",
