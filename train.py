@@ -13,38 +13,46 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import rich.console
+from jax.sharding import Mesh
 
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
 from dsv3_jax.config.paths import user_path
+from dsv3_jax.config.run import RunConfig
 from dsv3_jax.interrupt import Stopped, StopRequest, leave
+from dsv3_jax.model.functions import Functions
 from dsv3_jax.output import dependable_output
 from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.serving.generate import generate
+from dsv3_jax.training import hosts
 from dsv3_jax.training.checkpoint import CheckpointError
-from dsv3_jax.training.evaluate import evaluate, make_evaluator, warm_up
+from dsv3_jax.training.devices import Trace, dump_programs, mesh_of, num_shares, simulate
+from dsv3_jax.training.evaluate import evaluate, evaluator_on, warm_up
 from dsv3_jax.training.host_memory import keep_freed_memory
 from dsv3_jax.training.log import RunLog
+from dsv3_jax.training.mesh_step import step_on
 from dsv3_jax.training.metrics import Progress, metrics_row
 from dsv3_jax.training.progress import Clock, ProgressBar
-from dsv3_jax.training.replaced import functions_in
+from dsv3_jax.training.replaced import functions_in, replaced
 from dsv3_jax.training.report import final_evaluations, finish, heldout_part
 from dsv3_jax.training.run import Run, StepTaken, open_run, steps
 from dsv3_jax.training.sample import check_sample
-from dsv3_jax.training.step import StepReport, make_step
+from dsv3_jax.training.step import StepReport
 from dsv3_jax.training.throughput import measure_matmul_peak
 
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3
 
 
-class Diverged(Exception):
-    """Loss or gradient is no longer finite; the step was not applied."""
+class Diverged(hosts.AgreedError):
+    """Loss or gradient is no longer finite, as every process sees; the step was not applied."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
             for key, value in flatten(to_dict(cfg)).items():
                 console.print(f"{key} = {value!r}", markup=False, highlight=False)
             return 0
+        mesh = join(given, cfg)
+        console.quiet = not hosts.is_first()
         keep_freed_memory()
         run_dir = user_path(given.run_dir)
         keep_compiled_programs(run_dir)
@@ -65,32 +75,53 @@ def main(arguments: list[str] | None = None) -> int:
         # of its caches.
         for name in ("absl", "matplotlib"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        with StopRequest() as stop, contextlib.ExitStack() as opened:
+        with StopRequest() as stop, contextlib.ExitStack() as opened, hosts.leaving_alone():
             functions = functions_in(given.config, cfg)
-            run = stop.run(opened.enter_context, open_run(cfg, run_dir, functions=functions))
-            return train(run, stop, console)
+            hosts.check_same(described(cfg, functions))
+            tell = partial(console.print, markup=False, highlight=False)
+            run = stop.run(opened.enter_context, open_run(cfg, run_dir, functions=functions, mesh=mesh, log=tell))
+            code = train(run, stop, console, Trace(run_dir / "trace", num_steps=given.profile))
+        hosts.leave_together()
+        return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except Diverged as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return EXIT_DIVERGED
+        is_diverged = isinstance(error, Diverged)
+        if hosts.is_mine(error):
+            print(f"{'stopped' if is_diverged else 'error'}: {error}", file=sys.stderr)
+        hosts.leave_together()
+        return EXIT_DIVERGED if is_diverged else EXIT_USER_ERROR
     except Stopped as stopped:
         console.print(f"{stopped} before the first step; nothing to save.", highlight=False)
         return stopped.exit_code
 
 
-def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
+def join(given: argparse.Namespace, cfg: RunConfig) -> Mesh | None:
+    """Finds the other processes and the devices; the mesh to train on, None: one device."""
+    hosts.initialize(given.coordinator, given.processes, given.process)
+    if given.simulate_devices:
+        simulate(given.simulate_devices)
+    if given.dump_hlo is not None:
+        dump_programs(user_path(given.dump_hlo).absolute())
+    return mesh_of(cfg, simulated=given.simulate_devices)
+
+
+def described(cfg: RunConfig, functions: Functions) -> dict[str, Any]:
+    """All that the processes of one run must have alike."""
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "orbax-checkpoint", "dsv3-jax")}
+    return {**flatten(to_dict(cfg)), **versions, "functions": replaced(functions, cfg.precision)}
+
+
+def train(run: Run, own_stop: StopRequest, console: rich.console.Console, trace: Trace) -> int:
     """The loop, and what follows it; returns the exit code.
 
     The report of a step is read while the next one runs, so the device never waits for the host. What takes long and
-    changes nothing runs under `stop`, which raises `Stopped` when the user asks for it.
+    changes nothing runs under `stop`, which raises `Stopped` when the user asks for it. Every process of a run is here
+    and does the same; the first one writes and shows.
     """
-    cfg, output = run.cfg.train, run.cfg.train.output
+    cfg, output, stop = run.cfg.train, run.cfg.train.output, hosts.agreed(own_stop)
     check_sample(run.cfg, run.data.tokenizer)
-    step = make_step(run.cfg, functions=run.functions)
-    sum_loss = make_evaluator(run.cfg, functions=run.functions)
-    log = RunLog(run.run_dir, step=run.progress.step, tensorboard=output.tensorboard)
+    step = step_on(run.cfg, run.mesh, run.functions)
+    sum_loss = evaluator_on(run.cfg, run.mesh, run.functions)
+    log = RunLog(run.run_dir, step=run.progress.step, tensorboard=output.tensorboard) if hosts.is_first() else None
     bar = ProgressBar(console, total_tokens=cfg.total_tokens, done=run.progress.tokens)
     unread: list[StepTaken] = []
 
@@ -100,7 +131,7 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
             if not report.is_finite:
                 raise Diverged(explain_divergence(run, progress, report))
             row = metrics_row(progress, report, rates, clock.lap(progress))
-            if progress.step % output.log_every == 0:
+            if log is not None and progress.step % output.log_every == 0:
                 log.write(row)
             bar.show(row, clock.seconds_left(cfg.total_tokens - progress.tokens))
 
@@ -117,6 +148,8 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
             for taken in steps(run, step, stop=stop, compiling=compiling):
                 read_reports()
                 unread.append(taken)
+                if trace.step(taken.report):
+                    bar.log(f"the trace is in {run.run_dir / 'trace'}")
 
                 if output.eval_batches and is_due(run.progress, output.eval_every):
                     if not has_evaluated:
@@ -128,7 +161,8 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
                     if result is None:
                         bar.log(f"step {run.progress.step}: these held-out batches score nothing")
                     else:
-                        log.write_heldout({**run.progress._asdict(), **result._asdict()})
+                        if log is not None:
+                            log.write_heldout({**run.progress._asdict(), **result._asdict()})
                         bar.log(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
                     clock.pause(run.progress, times_after=final_evaluations(run))
                 if is_due(run.progress, output.checkpoint_every):
@@ -140,6 +174,8 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
     except (Diverged, CheckpointError):
         raise
     except Exception as error:
+        if hosts.count() > 1:  # the others know nothing of it, and a save needs all
+            raise
         saved = rescue(run, [taken.report for taken in unread])
         if isinstance(error, UserError):
             raise UserError(f"{error} {saved}") from error
@@ -147,20 +183,24 @@ def train(run: Run, stop: StopRequest, console: rich.console.Console) -> int:
         raise
     finally:
         bar.close()
-        log.close()
+        trace.close()
+        if log is not None:
+            log.close()
     if run.progress.tokens < cfg.total_tokens:
         if not run.progress.step:
             stop.check()
         console.print(f"saved after step {run.progress.step}; the same command continues.", highlight=False)
         return 0
     try:
-        failed = stop.run(finish, run, stop, sum_loss, partial(generate, functions=run.functions), console)
+        failed = stop.run(finish, run, stop, own_stop, sum_loss, partial(generate, functions=run.functions), console)
     except Stopped as stopped:
         console.print(f"{stopped}; training is done and saved, the same command computes the results.", highlight=False)
-        return 0
-    if log.tensorboard_failure:
-        print(f"error: {log.tensorboard_failure}.", file=sys.stderr)
-    return EXIT_USER_ERROR if failed or log.tensorboard_failure else 0
+        failed = []
+    hosts.barrier("the results are there")
+    failure = "" if log is None else log.tensorboard_failure
+    if failure:
+        print(f"error: {failure}.", file=sys.stderr)
+    return EXIT_USER_ERROR if failed or failure else 0
 
 
 def save_newest(run: Run) -> None:
@@ -192,7 +232,7 @@ def start_clock(run: Run) -> Clock:
     return Clock(
         run.progress,
         flops_per_token=train_flops_per_token(run.cfg.model, run.cfg.train.seq_len),
-        peak_flops_per_s=measure_matmul_peak(run.functions.compute_dtype),
+        peak_flops_per_s=num_shares(run.mesh) * measure_matmul_peak(run.functions.compute_dtype),
     )
 
 
@@ -227,6 +267,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_config_arguments(parser, "--config")
     parser.add_argument("--run-dir", default="runs/default", metavar="DIR", help="where everything of this run goes")
     parser.add_argument("--print-config", action="store_true", help="print every key and value, and stop")
+    parser.add_argument("--simulate-devices", type=int, metavar="N", help="let the CPU stand for N devices")
+    parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace some steps, in DIR/trace")
+    parser.add_argument("--dump-hlo", metavar="DIR", help="have XLA write the programs it compiles to DIR")
+    several = parser.add_argument_group("several processes (SLURM and Open MPI tell these themselves)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
     return parser.parse_args(arguments)
 
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import FrameType
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from dsv3_jax.output import dependable_output
 
@@ -28,6 +28,19 @@ class Stopped(BaseException):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
         """What the shell expects of a program that a signal ended."""
+
+
+@runtime_checkable
+class Stop(Protocol):
+    """What long work asks whether it should end."""
+
+    def check(self) -> None:
+        """Raises `Stopped` if it should."""
+        ...
+
+    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The result of `function`; raises `Stopped` if the work should end, before or instead."""
+        ...
 
 
 class StopRequest:
@@ -53,6 +66,11 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether a signal has come."""
         return self._number != 0
+
+    @property
+    def number(self) -> int:
+        """The signal that has come; 0: none."""
+        return self._number
 
     def check(self) -> None:
         """Raises `Stopped` if a signal has come."""

@@ -57,6 +57,13 @@ def stack(batches: Sequence[Batch]) -> Batch:
     return Batch(*(None if arrays[0] is None else np.stack(arrays) for arrays in zip(*batches, strict=True)))
 
 
+def take_rows(batch: Batch, rows: slice) -> Batch:
+    """Those rows of a batch."""
+    labels, weights = batch.labels[:, rows], batch.weights[:, rows]
+    rest = (None if leaf is None else leaf[rows] for leaf in (batch.positions, batch.segment_ids, batch.num_bytes))
+    return Batch(batch.tokens[rows], labels, weights, *rest)
+
+
 def _is_followed(segment_ids: Int[np.ndarray, "B T_plus_1"], distance: int) -> np.ndarray:
     """Whether the token `distance` later is of the same document, bool[B, T + 1 - distance]."""
     here, there = segment_ids[:, :-distance], segment_ids[:, distance:]

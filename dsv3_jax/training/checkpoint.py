@@ -1,9 +1,11 @@
 """Checkpoints that survive a kill at any moment.
 
 Orbax writes the arrays in the background; what makes a checkpoint of them is added when it has finished
-(`checkpoint_files`). Old checkpoints go only when a newer one is complete.
+(`checkpoint_files`). Old checkpoints go only when a newer one is complete. Of several processes each writes its arrays
+and notes what it wrote; the first makes a checkpoint of it when all have.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ from dsv3_jax.interop.json_file import shorten
 from dsv3_jax.model.functions import functions_for
 from dsv3_jax.model.params import init
 from dsv3_jax.training import checkpoint_files as files
+from dsv3_jax.training import hosts
 from dsv3_jax.training.checkpoint_files import AVERAGE, HOST, MANIFEST, CheckpointError
 from dsv3_jax.training.replace import replace_file
 from dsv3_jax.training.state import TrainState
@@ -37,7 +40,7 @@ class Checkpoint(NamedTuple):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: `folder/<step>/`. One writer at a time; not for several processes.
+    """The checkpoints of one run: `folder/<step>/`. One writer at a time; the processes of a run save together.
 
     `log` receives one line for whatever the user should know (unfinished or corrupt checkpoints found).
     """
@@ -52,14 +55,15 @@ class CheckpointFolder:
     def save(self, step: int, state: TrainState, average: Any, host: Mapping[str, Any]) -> None:
         """Starts saving and returns once the arrays have left the device; the caller may overwrite them.
 
-        Waits for the save before this one, and raises its failure.
+        Waits for the save before this one, and raises its failure. Of several processes each may give a `host` with
+        keys of its own, in objects at any depth: they are joined.
         """
         self.wait()
         items: dict[str, Any] = dict(state._asdict())
         if average is not None:
             items[AVERAGE] = average
         target = files.step_path(self.folder, step)
-        if target.exists() or target.is_symlink():
+        if hosts.is_first() and (target.exists() or target.is_symlink()):
             raise CheckpointError(
                 f"{target} is where the checkpoint of step {step} belongs; move away what lies there."
             )
@@ -130,10 +134,27 @@ class CheckpointFolder:
             )
         return None
 
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of `step`, which another process has found whole."""
+        path = files.step_path(self.folder, step)
+        return Checkpoint(path, step, files.read_host(path))
+
     def _finish(self, target: Path, response: Any, host: dict[str, Any]) -> None:
         response.result()
-        replace_file(target / HOST, json.dumps(host))
-        replace_file(target / MANIFEST, json.dumps(_inventory(target)))
+        known: dict[str, list[int]] = {}
+        if hosts.count() > 1:
+            part = {"host": host, "files": files.own_inventory(target, jax.process_index())}
+            replace_file(target / files.part_name(jax.process_index()), json.dumps(part))
+            hosts.barrier(f"all parts of {target.name} are written")
+        if hosts.is_first():
+            if hosts.count() > 1:
+                host, known = files.read_parts(target, hosts.count())
+            replace_file(target / HOST, json.dumps(host))
+            replace_file(target / MANIFEST, json.dumps(files.inventory(target, known)))
+            self._remove_old()
+        hosts.barrier(f"{target.name} is whole")
+
+    def _remove_old(self) -> None:
         for old in files.finished(self.folder)[: -self._keep]:
             try:
                 reason = files.remove(old)
@@ -157,7 +178,7 @@ def load(checkpoint: Checkpoint, abstract: TrainState, average: Any = None) -> t
 
     Args:
         abstract: shapes, dtypes (and shardings) to restore into.
-        average: NumPy arrays of the average's shapes, or None.
+        average: NumPy arrays of the average's shapes, or shapes with shardings, or None.
 
     Raises:
         CheckpointError: it holds something else.
@@ -211,7 +232,8 @@ def _variables(path: Path, run_dir: Path, use_average: bool, log: Callable[[str]
         name: _empty(variables["params"], np.float32 if use_average else None),
         "router_state": _empty(variables["router_state"]),
     }
-    loaded = _load(path, _without_empty(wanted))
+    with _alone():
+        loaded = _load(path, _without_empty(wanted))
     return config, {"params": loaded[name], "router_state": loaded.get("router_state", {})}
 
 
@@ -225,6 +247,13 @@ def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         ) from error
 
 
+def _alone() -> Any:
+    """Within it Orbax waits for no other process of this run."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    return ocp.Context(multiprocessing_options=options) if hosts.count() > 1 else contextlib.nullcontext()
+
+
 def _check_tokenizer(run_dir: Path, digests: Any) -> None:
     tokenizer = run_dir / TOKENIZER_NAME
     if isinstance(digests, Mapping) and tokenizer.is_file() and file_sha256(tokenizer) != digests.get("tokenizer"):
@@ -232,11 +261,6 @@ def _check_tokenizer(run_dir: Path, digests: Any) -> None:
             f"{tokenizer} is not the tokenizer that this run has learned with; copy it from the run's data folder "
             f"({run_dir / 'data'}, or data.cache_dir)."
         )
-
-
-def _inventory(path: Path) -> dict[str, list[int]]:
-    found = sorted(file for file in path.rglob("*") if file.is_file())
-    return {file.relative_to(path).as_posix(): files.fingerprint(file) for file in found}
 
 
 def _without_empty(items: dict[str, Any]) -> dict[str, Any]:

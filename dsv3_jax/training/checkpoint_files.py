@@ -2,13 +2,15 @@
 
 `<step in twelve digits>/` holds what Orbax writes, then `host.json` (what the host must know to go on) and last of all
 `MANIFEST.json` (size and CRC-32 of every file). A folder without a manifest was never finished; one that disagrees
-with its manifest is corrupt.
+with its manifest is corrupt. Where several processes write, each notes its part of both in `part-<process>.json`.
 """
 
+import functools
 import json
 import re
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +26,7 @@ _UNFINISHED = re.compile(r"[0-9]{12}(\.orbax-checkpoint-tmp(-[0-9]+)?)?")
 _CORRUPT = re.compile(r"[0-9]{12}\.corrupt(-[0-9]+)?")
 _WRITTEN_BY_ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint"}
 _WRITTEN_BY_US = {HOST, MANIFEST, f"{HOST}.partial", f"{MANIFEST}.partial"}
+_PART = re.compile(r"part-[0-9]{5}\.json(\.partial)?")
 _ENTRIES = {*TrainState._fields, AVERAGE, *_WRITTEN_BY_ORBAX, *_WRITTEN_BY_US}
 """Whatever a save puts into its folder."""
 
@@ -53,6 +56,30 @@ def unfinished(folder: Path) -> list[Path]:
 def set_aside(folder: Path) -> list[Path]:
     """The corrupt checkpoints that were renamed."""
     return _named(folder, _CORRUPT)
+
+
+def part_name(process: int) -> str:
+    """The file in which a process notes its part of manifest and `host.json`."""
+    return f"part-{process:05d}.json"
+
+
+def inventory(path: Path, known: Mapping[str, list[int]] | None = None) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file of a checkpoint, those that are `known` as they are known."""
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return {name: (known or {}).get(name) or fingerprint(path / name) for name in names}
+
+
+def own_inventory(path: Path, process: int) -> dict[str, list[int]]:
+    """Size and CRC-32 of the arrays that one of several processes has written."""
+    files = (file for folder in path.rglob(f"ocdbt.process_{process}") for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): fingerprint(file) for file in sorted(files)}
+
+
+def read_parts(path: Path, processes: int) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """`host.json` and inventory that all processes know together; what each knows of both is in its part."""
+    parts = [_read_json(path / part_name(process)) for process in range(processes)]
+    known = {name: found for part in parts for name, found in part["files"].items()}
+    return functools.reduce(_joined, (part["host"] for part in parts)), known
 
 
 def find_damage(path: Path) -> str | None:
@@ -107,7 +134,7 @@ def remove(path: Path) -> str | None:
     if path.is_symlink():
         return "it is a link"
     try:
-        foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _ENTRIES)
+        foreign = sorted(entry.name for entry in path.iterdir() if not _is_ours(entry.name))
         if foreign:
             return f"it holds {', '.join(foreign[:3])}, which no save writes"
         (path / MANIFEST).unlink(missing_ok=True)
@@ -124,6 +151,17 @@ def aside(path: Path) -> Path:
         taken += 1
         name = path.with_name(f"{path.name}.corrupt-{taken}")
     return name
+
+
+def _is_ours(name: str) -> bool:
+    return name in _ENTRIES or _PART.fullmatch(name) is not None
+
+
+def _joined(left: Any, right: Any) -> Any:
+    """Objects joined key by key, all that is no object as it is on the left."""
+    if not isinstance(left, dict) or not isinstance(right, dict):
+        return left
+    return {**right, **{key: _joined(value, right.get(key)) for key, value in left.items()}}
 
 
 def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

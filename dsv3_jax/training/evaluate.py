@@ -7,12 +7,17 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dsv3_jax.config.run import RunConfig
-from dsv3_jax.data.batch import Batch
+from dsv3_jax.data.batch import Batch, take_rows
 from dsv3_jax.model.functions import Functions, functions_for
 from dsv3_jax.model.transformer import hidden_states
+from dsv3_jax.parallel.axes import PIPE, ROWS
+from dsv3_jax.parallel.mesh import size_of
+from dsv3_jax.training.batches import own_rows
 from dsv3_jax.training.loss import next_token_loss
+from dsv3_jax.training.sharded import sharded_evaluator, used_axes
 from dsv3_jax.typing import Array, Float, Variables
 
 
@@ -24,6 +29,9 @@ class Evaluation(NamedTuple):
     num_tokens: int
     num_bytes: int
 
+
+_ROWS = (PIPE, *ROWS)
+"""Ranks of a pipeline share the rows of an evaluation, too."""
 
 SumLoss = Callable[[Variables, Batch], Float[Array, ""]]
 
@@ -48,6 +56,24 @@ def make_evaluator(cfg: RunConfig, *, functions: Functions | None = None) -> Sum
         )
 
     return sum_loss
+
+
+def evaluator_on(cfg: RunConfig, mesh: Mesh | None, functions: Functions) -> SumLoss:
+    """`make_evaluator`, or its twin on a mesh: of whole batches of `num_rows_on`, each process scores its rows."""
+    if mesh is None:
+        return make_evaluator(cfg, functions=functions)
+    of_own_rows, rows = sharded_evaluator(cfg, mesh, functions), used_axes(mesh, _ROWS)
+
+    def sum_loss(variables: Variables, batch: Batch) -> Float[Array, ""]:
+        return of_own_rows(variables, take_rows(batch, own_rows(len(batch.tokens), mesh, rows)))
+
+    return sum_loss
+
+
+def num_rows_on(mesh: Mesh | None, at_least: int) -> int:
+    """Rows of a held-out batch that the devices of a mesh share equally."""
+    each = 1 if mesh is None else size_of(mesh, _ROWS)
+    return -(-at_least // each) * each
 
 
 def evaluate(sum_loss: SumLoss, variables: Variables, batches: Iterable[Batch]) -> Evaluation | None:

@@ -15,7 +15,7 @@ class Progress(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """How fast it goes: tokens a second, and the share of the device's measured matmul rate."""
+    """How fast it goes: tokens a second, and the share of the devices' measured matmul rate."""
 
     tokens_per_s: float
     mfu: float
@@ -28,7 +28,7 @@ def load_ratio(load: np.ndarray) -> np.ndarray:
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops_per_s: float) -> float:
-    """Model-FLOPs utilisation: useful operations a second over what the device reaches in a matmul."""
+    """Model-FLOPs utilisation: useful operations a second over what all devices reach in a matmul."""
     return tokens_per_s * flops_per_token / peak_flops_per_s
 
 
@@ -50,6 +50,7 @@ def metrics_row(progress: Progress, report: StepReport, rates: Rates, speed: Spe
         "mtp_weight": float(rates.mtp_weight),
         "bias_speed": float(rates.bias_speed),
         "load_max_over_mean": _floats(load_ratio(np.asarray(terms.load))),
+        "dropped_tokens": [int(dropped) for dropped in np.asarray(terms.dropped)],
         "bias_min": _floats(report.bias_min),
         "bias_max": _floats(report.bias_max),
         "tokens_per_s": speed.tokens_per_s,

@@ -1,5 +1,6 @@
 """What a finished run leaves behind: held-out results, a picture, a folder that other programs read, a sample."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,8 +17,10 @@ from dsv3_jax.data.baselines import compressor_baselines
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.data.loader import heldout_batches, num_heldout_batches
 from dsv3_jax.interop.save import save_pretrained
-from dsv3_jax.interrupt import StopRequest
-from dsv3_jax.training.evaluate import Evaluation, SumLoss, evaluate
+from dsv3_jax.interrupt import Stop
+from dsv3_jax.training import hosts
+from dsv3_jax.training.checkpoint import load_variables
+from dsv3_jax.training.evaluate import Evaluation, SumLoss, evaluate, num_rows_on
 from dsv3_jax.training.log import HELDOUT, METRICS, read_rows
 from dsv3_jax.training.progress import announced
 from dsv3_jax.training.run import Run
@@ -31,7 +34,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def heldout_part(run: Run, stop: StopRequest) -> Iterator[Batch]:
+def heldout_part(run: Run, stop: Stop) -> Iterator[Batch]:
     """What is scored during training, `train.output.eval_batches` held-out batches, until a stop is requested."""
     for batch in _heldout(run, run.cfg.train.output.eval_batches):
         stop.check()
@@ -46,11 +49,20 @@ def final_evaluations(run: Run) -> float:
 
 
 def finish(
-    run: Run, stop: StopRequest, sum_loss: SumLoss, generate: Generate, console: rich.console.Console
+    run: Run, stop: Stop, own_stop: Stop, sum_loss: SumLoss, generate: Generate, console: rich.console.Console
 ) -> list[str]:
     """Scores held-out text, prints the results beside compressors, and writes picture, HF folder and sample.
 
     A part that fails is told on standard error, and the others are done. Returns the names of those that failed.
+    Several processes score together, where an error ends them; the first then does the rest.
+
+    Args:
+        run: whose last step is saved.
+        stop: of all processes.
+        own_stop: of this process.
+        sum_loss: of `evaluator_on`.
+        generate: continues the sample.
+        console: takes what is to be read.
 
     Raises:
         Stopped: as soon as the user asks to stop; everything here can be computed again.
@@ -58,7 +70,7 @@ def finish(
     failed: list[str] = []
 
     def attempt(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-        stop.check()
+        own_stop.check()
         try:
             return function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever befalls one part, the user still wants the others
@@ -67,14 +79,19 @@ def finish(
             failed.append(name)
             return None
 
-    results = attempt("the final evaluation", _final_evaluations, run, stop, sum_loss, console) or {}
+    if hosts.count() > 1:
+        results = _final_evaluations(run, stop, sum_loss, console)
+    else:
+        results = attempt("the final evaluation", _final_evaluations, run, stop, sum_loss, console) or {}
+    if not hosts.is_first():
+        return failed
     baselines = attempt("the comparison with compressors", compressor_baselines, run.data.heldout_texts()) or {}
     if results or baselines:
         console.print(results_table(results, baselines))
     attempt("the picture", _draw, run, run.run_dir / PLOT_NAME, results.get(MODEL), baselines)
-    attempt("the HF folder", _export, run, stop, run.run_dir / HF_NAME)
-    model = (run.cfg, run.data.tokenizer, run.state.variables)
-    text = attempt("the sample", sample_text, *model, generate, seed=run.cfg.seed)
+    variables = functools.cache(functools.partial(_whole_variables, run))
+    attempt("the HF folder", _export, run, variables, own_stop, run.run_dir / HF_NAME)
+    text = attempt("the sample", _sample, run, variables, generate)
     if text is not None:
         console.rule("sample (temperature 0.7)")
         console.print(text, markup=False, highlight=False)
@@ -105,9 +122,7 @@ def results_table(results: Mapping[str, Evaluation], baselines: Mapping[str, flo
     return table
 
 
-def _final_evaluations(
-    run: Run, stop: StopRequest, sum_loss: SumLoss, console: rich.console.Console
-) -> dict[str, Evaluation]:
+def _final_evaluations(run: Run, stop: Stop, sum_loss: SumLoss, console: rich.console.Console) -> dict[str, Evaluation]:
     """The model and its average on held-out text, at most `train.output.final_eval_batches` batches of it."""
     most = run.cfg.train.output.final_eval_batches
     if not most:
@@ -144,16 +159,25 @@ def _draw(run: Run, path: Path, result: Evaluation | None, baselines: Mapping[st
     plot_run(path, title, read_rows(run.run_dir / METRICS), heldout, baselines, run.cfg.model.mtp_depth)
 
 
-def _export(run: Run, stop: StopRequest, folder: Path) -> None:
+def _whole_variables(run: Run) -> Variables:
+    """Those of the state, or of its checkpoint where no device has all of them."""
+    return run.state.variables if run.mesh is None else load_variables(run.run_dir)[1]
+
+
+def _export(run: Run, variables: Callable[[], Variables], stop: Stop, folder: Path) -> None:
     save_pretrained(
         folder,
         run.cfg.model,
-        run.state.variables,
+        variables(),
         "bfloat16",
         tokenizer=run.run_dir / "tokenizer.json",
         overwrite=True,
         check_stop=stop.check,
     )
+
+
+def _sample(run: Run, variables: Callable[[], Variables], generate: Generate) -> str | None:
+    return sample_text(run.cfg, run.data.tokenizer, variables(), generate, seed=run.cfg.seed)
 
 
 def _heldout(run: Run, max_batches: int) -> Iterator[Batch]:
@@ -164,7 +188,7 @@ def _heldout_settings(run: Run) -> dict:
     return {
         "tokenizer": run.data.tokenizer,
         "shards": run.data.heldout,
-        "batch_size": run.cfg.train.batch.micro,
+        "batch_size": num_rows_on(run.mesh, run.cfg.train.batch.micro),
         "seq_len": run.cfg.train.seq_len,
         "overlap": run.cfg.data.heldout_overlap,
     }

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TextIO
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from dsv3_jax.config.check import UserError
+from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import Difference, diff, to_dict
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
@@ -20,9 +21,13 @@ from dsv3_jax.config.stored import complete
 from dsv3_jax.data.batch import Batch, stack
 from dsv3_jax.data.build_folder import PreparedData, prepare
 from dsv3_jax.data.loader import make_train_iterator
+from dsv3_jax.data.row_streams import Part
 from dsv3_jax.interop.hf_config import to_hf
-from dsv3_jax.interrupt import StopRequest
+from dsv3_jax.interrupt import Stop
 from dsv3_jax.model.functions import Functions, functions_for
+from dsv3_jax.parallel.axes import ROWS
+from dsv3_jax.training import hosts
+from dsv3_jax.training.batches import own_rows
 from dsv3_jax.training.checkpoint import Checkpoint, CheckpointFolder, load
 from dsv3_jax.training.checkpoint_files import HOST, CheckpointError
 from dsv3_jax.training.ema import HostEMA
@@ -30,7 +35,8 @@ from dsv3_jax.training.metrics import Progress
 from dsv3_jax.training.replace import replace_file
 from dsv3_jax.training.replaced import replaced
 from dsv3_jax.training.schedules import num_micro_batches, rates_at
-from dsv3_jax.training.state import TrainState, abstract_state, init_state
+from dsv3_jax.training.sharded import used_axes
+from dsv3_jax.training.state import TrainState, abstract_state, init_state, state_shardings
 from dsv3_jax.training.step import Rates, Step, StepReport
 
 CONFIG_NAME = "config.json"
@@ -40,6 +46,7 @@ HARMLESS = (
     "data.cache_dir",
     "data.heldout_overlap",
     "data.prefetch_batches",
+    "parallel.",
     "train.loss_chunk_size",
     "train.output.",
     "train.remat",
@@ -62,6 +69,8 @@ class Run:
 
     cfg: RunConfig
     functions: Functions
+    mesh: Mesh | None
+    """The devices it trains on; None: the default one."""
     run_dir: Path
     data: PreparedData
     batches: grain.DatasetIterator
@@ -99,11 +108,19 @@ def open_run(
     run_dir: str | Path,
     *,
     functions: Functions | None = None,
+    mesh: Mesh | None = None,
     log: Callable[[str], None] = print,
 ) -> Iterator[Run]:
     """Everything a run needs, resumed from the newest whole checkpoint in `run_dir` when there is one.
 
-    `functions`: what a layer is made of; default: those that `cfg.precision` names.
+    Of several processes the first one locks, checks, prepares and tells; the others then open what it has left.
+
+    Args:
+        cfg: the run.
+        run_dir: where everything of it goes; all processes see the same.
+        functions: what a layer is made of; default: those that `cfg.precision` names.
+        mesh: the devices to train on; default: the default one. A checkpoint of any mesh fits every other.
+        log: takes lines of progress.
 
     Raises:
         UserError: the model has no official format, the folder belongs to another configuration (the difference is
@@ -112,15 +129,19 @@ def open_run(
     """
     run_dir, functions = user_path(run_dir).absolute(), functions or functions_for(cfg.precision)
     to_hf(cfg.model, "bfloat16")  # refuses here, not after training, what the export at the end cannot say
-    with _locked(run_dir):
+    with contextlib.ExitStack() as opened:
         checkpoints = CheckpointFolder(run_dir / "checkpoints", keep=cfg.train.output.keep_checkpoints, log=log)
-        checkpoints.clean()
-        found = checkpoints.newest()
-        if found is not None:
-            _check_configuration(cfg, run_dir, found, log)
-            _check_functions(replaced(functions, cfg.precision), run_dir, found)
-        _write_config(run_dir, to_dict(cfg))
-        data = prepare(cfg.data, cfg.model, run_dir, expected=_digests(found, log), log=log)
+
+        def open_for_all() -> tuple[Checkpoint | None, PreparedData]:
+            opened.enter_context(_locked(run_dir))
+            found = _checked(cfg, functions, run_dir, checkpoints, log)
+            _write_config(run_dir, to_dict(cfg))
+            return found, prepare(cfg.data, cfg.model, run_dir, expected=_digests(found, log), log=log)
+
+        found, data = hosts.lead(open_for_all) or (None, None)
+        step = hosts.of_first(-1 if found is None else found.step)
+        if data is None:
+            found, data = _opened_by_first(cfg, run_dir, checkpoints, step)
         batches = make_train_iterator(
             cfg.data,
             data.tokenizer,
@@ -129,22 +150,21 @@ def open_run(
             seq_len=cfg.train.seq_len,
             mtp_depth=cfg.model.mtp_depth,
             seed=cfg.seed,
+            part=_own_part(cfg, mesh),
         )
-        run = _restored(cfg, functions, run_dir, data, batches, checkpoints, found, log)
-        try:
-            yield run
-        finally:
-            checkpoints.close()
-            if run.average is not None:
-                run.average.close()
-            batches.close()
+        opened.callback(batches.close)
+        opened.callback(checkpoints.close)
+        run = _restored(cfg, functions, mesh, run_dir, data, batches, checkpoints, found, log)
+        if run.average is not None:
+            opened.callback(run.average.close)
+        yield run
 
 
 def steps(
     run: Run,
     step: Step,
     *,
-    stop: StopRequest,
+    stop: Stop,
     compiling: Callable[[str], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[StepTaken]:
     """Takes steps on the run's own batches and schedules until it has seen its last token, and advances the run.
@@ -155,7 +175,7 @@ def steps(
     cfg, compiled = run.cfg.train, set()
     while run.progress.tokens < cfg.total_tokens:
         batches = stop.run(run.next_batches, num_micro_batches(run.progress.tokens, cfg.batch))
-        tokens = run.progress.tokens + batches.tokens.size
+        tokens = run.progress.tokens + len(batches.tokens) * cfg.batch.micro * cfg.seq_len
         rates = rates_at(tokens, cfg)
         name = "the step" if len(batches.tokens) == 1 else "the step of several micro-batches"
         if name not in compiled:
@@ -172,6 +192,7 @@ def steps(
 def _restored(
     cfg: RunConfig,
     functions: Functions,
+    mesh: Mesh | None,
     run_dir: Path,
     data: PreparedData,
     batches: grain.DatasetIterator,
@@ -180,18 +201,65 @@ def _restored(
     log: Callable[[str], None],
 ) -> Run:
     has_average = cfg.train.ema_decay > 0
+    shardings = None if mesh is None else state_shardings(cfg, mesh)
     if found is None:
-        state, progress = init_state(cfg), Progress(step=0, tokens=0)
+        state, progress = init_state(cfg, shardings), Progress(step=0, tokens=0)
         average = state.params
     else:
         abstract = abstract_state(cfg)
-        shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract.params) if has_average else None
-        state, average = load(found, abstract, shapes)
+        if shardings is None:
+            shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract.params)
+        else:
+            abstract = jax.tree.map(_on, abstract, shardings)
+            shapes = jax.tree.map(lambda leaf: _on(leaf, leaf.sharding, np.float32), abstract.params)
+        state, average = load(found, abstract, shapes if has_average else None)
         progress = _continued(batches, found, log)
         log(f"resuming after step {progress.step} ({progress.tokens:,} tokens).")
     num_updates = progress.step // cfg.train.ema_every
     ema = HostEMA(average, decay=cfg.train.ema_decay, num_updates=num_updates) if has_average else None
-    return Run(cfg, functions, run_dir, data, batches, checkpoints, progress, state, ema, batches.get_state())
+    return Run(cfg, functions, mesh, run_dir, data, batches, checkpoints, progress, state, ema, batches.get_state())
+
+
+def _on(leaf: Any, sharding: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
+
+
+def _own_part(cfg: RunConfig, mesh: Mesh | None) -> Part:
+    """The rows of every batch that this process makes: those that its devices hold."""
+    if mesh is None:
+        return Part()
+    num = cfg.train.batch.micro
+    rows = own_rows(num, mesh, used_axes(mesh, ROWS))
+    size = rows.stop - rows.start
+    check(
+        num % size == 0 and rows.start % size == 0,
+        f"a process holds rows {rows.start} to {rows.stop - 1} of {num}, which are no equal part of a batch; give each "
+        "process as many devices as divide parallel.data x expert, or are a multiple of it.",
+    )
+    return Part(rows.start // size, num // size)
+
+
+def _checked(
+    cfg: RunConfig, functions: Functions, run_dir: Path, checkpoints: CheckpointFolder, log: Callable[[str], None]
+) -> Checkpoint | None:
+    """The newest whole checkpoint, if there is any, which the run fits."""
+    checkpoints.clean()
+    found = checkpoints.newest()
+    if found is not None:
+        _check_configuration(cfg, run_dir, found, log)
+        _check_functions(replaced(functions, cfg.precision), run_dir, found)
+    return found
+
+
+def _opened_by_first(
+    cfg: RunConfig, run_dir: Path, checkpoints: CheckpointFolder, step: int
+) -> tuple[Checkpoint | None, PreparedData]:
+    """Checkpoint and data as the first process has left them; `step` < 0: there is no checkpoint."""
+    path = run_dir / CONFIG_NAME
+    if _why_not(path, to_dict(cfg)) is not None:
+        raise UserError(f"{path} is not what process 0 has written; give a --run-dir that all processes see.")
+    found = checkpoints.at(step) if step >= 0 else None
+    return found, prepare(cfg.data, cfg.model, run_dir, log=lambda line: None)
 
 
 def _continued(batches: grain.DatasetIterator, found: Checkpoint, log: Callable[[str], None]) -> Progress:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.load import from_dict, to_dict
-from dsv3_jax.training.checkpoint import CheckpointFolder, _inventory, load, load_variables
-from dsv3_jax.training.checkpoint_files import HOST, MANIFEST, CheckpointError, find_damage
+from dsv3_jax.training.checkpoint import CheckpointFolder, load, load_variables
+from dsv3_jax.training.checkpoint_files import HOST, MANIFEST, CheckpointError, find_damage, inventory
 from dsv3_jax.training.state import TrainState, init_state
 
 
@@ -176,7 +176,7 @@ def test_json_of_any_kind_is_damage(tmp_path: Path):
             assert find_damage(path) is not None, (name, kind)
             if name == HOST:
                 (path / MANIFEST).unlink()
-                (path / MANIFEST).write_text(json.dumps(_inventory(path)))
+                (path / MANIFEST).write_text(json.dumps(inventory(path)))
                 assert (find_damage(path) is None) == (kind in ("outside", "absolute")), "these are objects"
                 (path / MANIFEST).write_bytes(manifest)
         (path / name).write_bytes(whole)

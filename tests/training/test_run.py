@@ -15,8 +15,8 @@ from dsv3_jax.config.stored import complete
 from dsv3_jax.interop.export import export
 from dsv3_jax.interop.load import load_pretrained
 from dsv3_jax.interrupt import StopRequest
-from dsv3_jax.training.checkpoint import _inventory, load_variables
-from dsv3_jax.training.checkpoint_files import HOST, MANIFEST
+from dsv3_jax.training.checkpoint import load_variables
+from dsv3_jax.training.checkpoint_files import HOST, MANIFEST, inventory
 from dsv3_jax.training.metrics import Progress
 from dsv3_jax.training.run import open_run, steps
 from dsv3_jax.training.step import make_step
@@ -141,7 +141,7 @@ def rewrite_host(run_dir: Path, change) -> None:
     change(host)
     (path / HOST).write_text(json.dumps(host))
     (path / MANIFEST).unlink()
-    (path / MANIFEST).write_text(json.dumps(_inventory(path)))
+    (path / MANIFEST).write_text(json.dumps(inventory(path)))
 
 
 def test_fields_added_since_take_their_defaults(run_dir: Path, stored: RunConfig):
