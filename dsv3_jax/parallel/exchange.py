@@ -20,9 +20,9 @@ from dsv3_jax.typing import Array, Bool, Float, Int
 from dsv3_kernels import BlockPlan, gather_rows, sum_rows
 from dsv3_kernels.varying import varying_alike, varying_over
 
-Experts = Callable[[Any, Array, Array, Array], tuple[Array, Array]]
-"""experts(params, x [N, D], ids [N, K], weights [N, K]) -> Σ_k weights·FFN [N, D], choices dropped. Other ids than
-those of its experts are no choice."""
+Experts = Callable[..., tuple[Array, Array]]
+"""experts(params, x [N, D], ids [N, K], weights [N, K], *, is_first) -> Σ_k weights·FFN [N, D], choices dropped. Other
+ids than those of its experts are no choice; `is_first` as in `in_rounds`."""
 
 PLAN = "experts_plan"
 
@@ -48,6 +48,7 @@ def exchange(
     inner: Experts,
     wire: Wire,
     drops: bool = False,
+    is_first: bool = True,
 ) -> tuple[Float[Array, "N D"], Int[Array, ""]]:
     """`inner` on the peers that have the experts, each of `num_experts` / peers of them; and the choices dropped.
 
@@ -57,30 +58,39 @@ def exchange(
     x, ids, weights = varying_over(varying_alike(x, ids, weights), hop.axes)
     one_round = functools.partial(_one_round, hop=hop, per_peer=num_experts // hop.peers, inner=inner, wire=wire)
     if hop.room >= x.shape[0]:
-        return one_round(jnp.int32(0), params, x, ids, weights)
+        return one_round(jnp.int32(0), params, x, ids, weights, is_first=is_first)
     peer_NK, wants_NP, place_NP = _queues(ids, hop.peers, num_experts // hop.peers)
     if drops:
-        out, dropped = one_round(jnp.int32(0), params, x, ids, weights)
+        out, dropped = one_round(jnp.int32(0), params, x, ids, weights, is_first=is_first)
         beyond_NP = jnp.pad(place_NP >= hop.room, ((0, 0), (0, 1)))
         return out, dropped + jnp.take_along_axis(beyond_NP, peer_NK, axis=1).sum(dtype=jnp.int32)
     longest = lax.pmax(wants_NP.sum(axis=0, dtype=jnp.int32).max(), hop.axes)
-    return in_rounds(one_round, checkpoint_name(-(-longest // hop.room), PLAN), params, x, ids, weights)
+    num_rounds = checkpoint_name(-(-longest // hop.room), PLAN)
+    return in_rounds(one_round, num_rounds, params, x, ids, weights, is_first=is_first)
 
 
 def in_parts(
-    params: Any, x: Float[Array, "N D"], ids: Int[Array, "N K"], weights: Array, *, max_choices: int, inner: Experts
+    params: Any,
+    x: Float[Array, "N D"],
+    ids: Int[Array, "N K"],
+    weights: Float[Array, "N K"],
+    *,
+    max_choices: int,
+    inner: Experts,
+    is_first: bool = True,
 ) -> tuple[Float[Array, "N D"], Int[Array, ""]]:
     """`inner` on at most `max_choices` choices at a time, in further rounds if there are more; no collectives."""
 
-    def one_round(index, params, x, ids, weights):
+    def one_round(index, params, x, ids, weights, *, is_first):
         place_NK = jnp.cumsum(ids.reshape(-1) >= 0, dtype=jnp.int32).reshape(ids.shape) - 1
-        return inner(params, x, jnp.where(place_NK // max_choices == index, ids, -1), weights)
+        part = jnp.where(place_NK // max_choices == index, ids, -1)
+        return inner(params, x, part, weights, is_first=is_first)
 
-    num_rounds = -(-(ids >= 0).sum(dtype=jnp.int32) // max_choices)
-    return in_rounds(one_round, checkpoint_name(num_rounds, PLAN), params, x, ids, weights)
+    num_rounds = checkpoint_name(-(-(ids >= 0).sum(dtype=jnp.int32) // max_choices), PLAN)
+    return in_rounds(one_round, num_rounds, params, x, ids, weights, is_first=is_first)
 
 
-def _one_round(index, params, x, ids, weights, *, hop: Hop, per_peer: int, inner: Experts, wire: Wire):
+def _one_round(index, params, x, ids, weights, *, is_first: bool, hop: Hop, per_peer: int, inner: Experts, wire: Wire):
     """Tokens at places index·room … of each queue."""
     with jax.named_scope("exchange_plan"):
         plan = named(plan_round(ids, index, hop=hop, per_peer=per_peer), PLAN)
@@ -90,7 +100,7 @@ def _one_round(index, params, x, ids, weights, *, hop: Hop, per_peer: int, inner
     with jax.named_scope("exchange_out"):
         arrived = send_out(gather_rows(x, plan), hop.axis, wire)
         arrived_ids, arrived_weights = named(to_peers((ids_MK, gather_rows(weights, plan)), hop.axis), RECEIVED)
-    out, dropped = inner(params, arrived, arrived_ids, arrived_weights)
+    out, dropped = inner(params, arrived, arrived_ids, arrived_weights, is_first=is_first)
     with jax.named_scope("exchange_home"):
         return sum_rows(bring_home(out, hop.axis, wire), plan), dropped
 

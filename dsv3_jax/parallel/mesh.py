@@ -60,10 +60,8 @@ def _refusal(parallel: ParallelConfig, used: int, num_devices: int, sizes_for: C
         fitting = [] if too_many else [one for one in sizes_for(left) if one % each == 0 and one]
         choices += [f"{name} may be {one_of(fitting, near=size)}"] if fitting else []
     told = " x ".join(f"{name} {size}" for name, size in given.items()) + (f" = {used}" if len(given) > 1 else "")
-    rule = (
-        f"does not divide {num_devices} devices"
-        if parallel.data == -1
-        else f"is not the {num_devices} devices there are"
-    )
-    product = one_of(sizes_for(num_devices), near=used)
-    return f"parallel: {told} {rule}; {' or '.join(choices) or f'the product may be {product}'}."
+    devices = "one device" if num_devices == 1 else f"{num_devices} devices"
+    rule = f"does not divide {devices}" if parallel.data == -1 else f"is not the {devices} there are"
+    choices = choices or [f"the product may be {one_of(sizes_for(num_devices), near=used)}"]
+    more = " (train.py --simulate-devices lets a CPU stand for more)" if num_devices == 1 else ""
+    return f"parallel: {told} {rule}; {' or '.join(choices)}{more}."

@@ -52,7 +52,7 @@ def _routed_experts(
     if room.choices < received * K:
         functions = dataclasses.replace(functions, dispatch=partial(functions.dispatch, max_pairs=room.choices))
 
-    def experts(params: Params, x: Array, ids: Array, weights: Array) -> tuple[Array, Array]:
+    def experts(params: Params, x: Array, ids: Array, weights: Array, **_: bool) -> tuple[Array, Array]:
         settings: Any = {"num_experts": num_experts // (nodes * peers), "first_expert": first_expert}
         out, dropped = local.routed_experts(params, x[None], ids[None], weights[None], functions=functions, **settings)
         return out[0], dropped

@@ -32,7 +32,7 @@ from dsv3_jax.training.mesh_step import step_on
         ({"data": 1}, 8, "parallel: data 1 is not the 8 devices there are; data may be 8."),
         ({"pipe": 2, "data": 2}, 8, "data 2 = 4 is not the 8 devices there are; pipe may be 4 or data may be 4."),
         ({"data": 3, "expert": 3}, 8, "data 3 x expert 3 = 9 is not the 8 devices there are; the product may be 8."),
-        ({"pipe": 16, "expert": 64}, 1, "= 1024 does not divide 1 devices; the product may be 1."),
+        ({"pipe": 16, "expert": 64}, 1, "= 1024 does not divide one device; the product may be 1 (train.py --simulate"),
     ],
 )
 def test_axes_that_do_not_multiply_to_the_devices_are_refused(axes: dict, num_devices: int, message: str):
