@@ -18,16 +18,19 @@ from dsv3_jax.typing import Array, Float, Int, Params
 
 
 def mtp_depth(
-    params: Params,
-    bias: Float[Array, "E"] | None,
-    embedded: Float[Array, "B T D"],
-    hidden: Float[Array, "B T D"],
-    ctx: Context,
-    *,
-    cfg: ModelConfig,
-    functions: Functions,
+    params: Params, bias: Array | None, embedded: Array, hidden: Array, ctx: Context, *, cfg: Any, functions: Functions
 ) -> tuple[Float[Array, "B T D"], Routing]:
-    """One module: M_k·[RMSNorm(Emb(t_{i+k})); RMSNorm(h_i)], a layer, a norm (eq. 21-22), for the shared head.
+    """One module: M_k·[RMSNorm(Emb(t_{i+k})); RMSNorm(h_i)], a layer, a norm (eq. 21-22), for the shared head."""
+    x = join(params, embedded, hidden, cfg=cfg, functions=functions)
+    x, _, routing = layer(params["block"], bias, x, ctx, cfg=cfg, functions=functions)
+    assert routing is not None
+    return rms_norm(x, params["norm"]["scale"], eps=cfg.norm_eps), routing
+
+
+def join(
+    params: Params, embedded: Array, hidden: Array, *, cfg: ModelConfig, functions: Functions
+) -> Float[Array, "B T D"]:
+    """M_k·[RMSNorm(Emb(t_{i+k})); RMSNorm(h_i)] (eq. 21): what enters a module's layer.
 
     The report writes the hidden state first; the released weights have the embedding first, and so have we.
     """
@@ -36,10 +39,7 @@ def mtp_depth(
         rms_norm(hidden, params["hidden_norm"]["scale"], eps=cfg.norm_eps),
     ]
     joined = plain_linear.linear(jnp.concatenate(normed, axis=-1), params["proj"]["w"], dtype=functions.compute_dtype)
-    x = checkpoint_name(joined, "mtp_joined")
-    x, _, routing = layer(params["block"], bias, x, ctx, cfg=cfg, functions=functions)
-    assert routing is not None
-    return rms_norm(x, params["norm"]["scale"], eps=cfg.norm_eps), routing
+    return checkpoint_name(joined, "mtp_joined")
 
 
 def mtp(
@@ -66,10 +66,10 @@ def mtp(
     def step(carry: Any, module: Any) -> tuple[Any, Any]:
         hidden, ahead, ahead_segments, depth = carry
         module_params, bias = module
-        ahead = _shift(ahead)
-        ahead_segments = None if ahead_segments is None else _shift(ahead_segments)
+        ahead = shift(ahead)
+        ahead_segments = None if ahead_segments is None else shift(ahead_segments)
         embedded = embed(embedding, ahead, functions=functions)
-        there = _where_the_token_is(ctx, ahead_segments, tokens.shape, depth)
+        there = where_the_token_is(ctx, ahead_segments, tokens.shape, depth)
         settings: Any = {"cfg": cfg, "functions": functions}
         with jax.named_scope("mtp"):
             hidden, routing = mtp_depth(of_layer(module_params), bias, embedded, hidden, there, **settings)
@@ -79,7 +79,7 @@ def mtp(
     return jax.lax.scan(rematerialised(step, remat), start, (params, biases))[1]
 
 
-def _where_the_token_is(ctx: Context, ahead_segments: Array | None, shape: tuple[int, ...], depth: Array) -> Context:
+def where_the_token_is(ctx: Context, ahead_segments: Array | None, shape: tuple[int, ...], depth: Array) -> Context:
     """`ctx` with every row as padding whose token `depth` ahead is past the end or in another document."""
     valid = jnp.broadcast_to(jnp.arange(shape[1])[None, :] < shape[1] - depth, shape)
     if ctx.segment_ids is None or ahead_segments is None:
@@ -88,6 +88,6 @@ def _where_the_token_is(ctx: Context, ahead_segments: Array | None, shape: tuple
     return ctx._replace(segment_ids=segments, valid=valid & (segments > 0))
 
 
-def _shift(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def shift(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Each row's ids one to the left, 0 at the end."""
     return jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))

@@ -162,7 +162,7 @@ def open_run(
 
 def steps(
     run: Run,
-    step: Step,
+    step: Step | PipelineStep,
     *,
     stop: Stop,
     compiling: Callable[[str], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,

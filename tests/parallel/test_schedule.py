@@ -14,7 +14,7 @@ from dsv3_jax.config.check import ConfigError
 from dsv3_jax.parallel.pipeline import schedule
 from dsv3_jax.parallel.pipeline.placement import Placement
 from dsv3_jax.parallel.pipeline.schedule import Orders, Task, chunks, greedy, joined, phases, planned
-from dsv3_jax.parallel.pipeline.simulate import Costs, DeadlockError, bubble_bound, simulate
+from dsv3_jax.parallel.pipeline.simulate import Costs, DeadlockError, bubble_bound, simulate, ticks
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dualpipe_orders.json").read_text())["cases"]
 COSTS = {
@@ -127,13 +127,24 @@ def test_a_number_that_a_schedule_does_not_allow_runs_greedily(name: schedule.Na
         assert plan.is_greedy == (not allows)
 
 
-def test_joined_orders_have_each_backward_in_one() -> None:
-    plan = planned("dualpipe_v", 4, 10)
+@pytest.mark.parametrize("name", get_args(schedule.Name))
+def test_ticks_hold_every_task_once_and_after_what_it_needs(name: schedule.Name) -> None:
+    plan = planned(name, 4, 10)
     orders = joined(plan.orders)
+    assert {task[0] for rank in orders for task in rank} <= {"F", "B", "FB"}
+    table = ticks(orders, plan.placement)
     for rank, tasks in enumerate(orders):
-        both = collections.Counter(chunk.kind for task in tasks for chunk in chunks(task))
-        assert both == {"F": 20, "B": 20}, rank
-    simulate(orders, Costs(), plan.placement)
+        assert [row[rank] for row in table if row[rank]] == tasks
+    at = {
+        (chunk.kind, plan.placement.flows[chunk.direction], plan.placement.stages[rank][chunk.direction], chunk.mb): t
+        for t, row in enumerate(table)
+        for rank, task in enumerate(row)
+        for chunk in (chunks(task) if task else [])
+    }
+    for (kind, flow, stage, mb), t in at.items():
+        before = [("F", flow, stage - 1, mb)] if kind == "F" else [("F", flow, stage, mb), ("B", flow, stage + 1, mb)]
+        assert all(at.get(key, -1) < t for key in before)
+    assert all(any(row) for row in table)
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,6 +4,7 @@ Sending takes no time. A task starts once its rank is free and what it needs is 
 lists that cannot run to the end are found here, on a laptop.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def simulate(orders: Orders, costs: Costs, placement: Placement) -> Simulation:
     Raises:
         DeadlockError: names the rank and the task that can never run, or the chunk whose gradient no task takes.
     """
-    start, end = _times(orders, costs, placement)
+    start, end = _times(orders, placement, costs.of)
     makespan = max(times[-1] if times else 0.0 for times in end)
     busy = [sum(costs.of(task[0]) for task in tasks) for tasks in orders]
     return Simulation(start, end, makespan, [makespan - own for own in busy], [peak_live(tasks) for tasks in orders])
@@ -85,6 +86,21 @@ def peak_live(tasks: list[Task]) -> int:
     return peak
 
 
+def ticks(orders: Orders, placement: Placement) -> list[list[Task | None]]:
+    """Task lists in lockstep: [tick][rank], each rank one task a tick or none, as early as its needs allow.
+
+    Any task takes one tick, and what it sends can be used from the next tick on, on the rank that sent it too. Give
+    `joined(orders)` for a program that does not split its backward.
+    """
+    start, _ = _times(orders, placement, lambda kind: 1.0)
+    num_ticks = 1 + int(max(times[-1] if times else -1.0 for times in start))
+    table: list[list[Task | None]] = [[None] * len(orders) for _ in range(num_ticks)]
+    for rank, (tasks, times) in enumerate(zip(orders, start, strict=True)):
+        for task, time in zip(tasks, times, strict=True):
+            table[int(time)][rank] = task
+    return table
+
+
 class _Event(NamedTuple):
     """Something that is there once a task has ended."""
 
@@ -95,7 +111,9 @@ class _Event(NamedTuple):
     mb: int
 
 
-def _times(orders: Orders, costs: Costs, placement: Placement) -> tuple[list[list[float]], list[list[float]]]:
+def _times(
+    orders: Orders, placement: Placement, cost: Callable[[str], float]
+) -> tuple[list[list[float]], list[list[float]]]:
     """Start and end of each task."""
     done: dict[_Event, float] = {}
     start: list[list[float]] = [[] for _ in orders]
@@ -109,7 +127,7 @@ def _times(orders: Orders, costs: Costs, placement: Placement) -> tuple[list[lis
                 if not done.keys() >= set(needs):
                     break
                 start[rank].append(max([done[need] for need in needs] + end[rank][-1:], default=0.0))
-                end[rank].append(start[rank][-1] + costs.of(task[0]))
+                end[rank].append(start[rank][-1] + cost(task[0]))
                 made = [event for chunk in chunks(task) for event in _made(chunk, rank, placement)]
                 done.update(dict.fromkeys(made, end[rank][-1]))
                 is_moving = True
