@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
+from dsv3_jax.config.mesh_rules import schedule_note
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.interrupt import Stopped, StopRequest, leave
@@ -123,6 +124,9 @@ def train(run: Run, own_stop: StopRequest, console: rich.console.Console, trace:
     sum_loss = evaluator_on(run.cfg, run.mesh, run.functions)
     log = RunLog(run.run_dir, step=run.progress.step, tensorboard=output.tensorboard) if hosts.is_first() else None
     bar = ProgressBar(console, total_tokens=cfg.total_tokens, done=run.progress.tokens)
+    note = schedule_note(run.cfg.parallel, cfg.batch)
+    if note is not None:
+        bar.log(note)
     unread: list[StepTaken] = []
 
     def read_reports() -> None:

@@ -43,12 +43,11 @@ def check_rows(batch: BatchConfig, *, data: int, expert: int) -> None:
 
 
 def check_streams(streams: int, processes: int) -> None:
-    """Refuses streams of data that cannot be shared equally by the processes of a run."""
+    """Refuses streams of data that the processes of a run cannot share equally; those with the same rows count once."""
     check(
         streams % processes == 0,
-        f"data.streams={streams} cannot be shared by {processes} processes; start "
-        f"{one_of(divisors(streams), near=processes)} processes (another number of streams is another order of the "
-        "data).",
+        f"data.streams={streams} cannot be shared by {processes} processes that make rows of their own; they may be "
+        f"{one_of(divisors(streams), near=processes)} (another number of streams is another order of the data).",
     )
 
 

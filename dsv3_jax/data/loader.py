@@ -9,8 +9,9 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsv3_jax.config.check import UserError
+from dsv3_jax.config.check import UserError, check, divisors, one_of
 from dsv3_jax.config.data import DataConfig
+from dsv3_jax.config.mesh_rules import check_streams
 from dsv3_jax.data import pack
 from dsv3_jax.data.batch import Batch, make_batch
 from dsv3_jax.data.pieces import Documents, shuffled_pieces
@@ -124,12 +125,12 @@ def _separate_rows(pieces: grain.MapDataset, *, seq_len: int, pad_id: int, seed:
 
 
 def _check_part(part: Part, batch_size: int, num_streams: int) -> None:
-    for key, size in (("train.batch.micro", batch_size), ("data.streams", num_streams)):
-        if size % part.count:
-            raise UserError(
-                f"{key}={size} cannot be divided among {part.count} processes that make rows of their own; give a "
-                f"multiple of {part.count}, or start as many processes as divide it."
-            )
+    check_streams(num_streams, part.count)
+    check(
+        batch_size % part.count == 0,
+        f"train.batch.micro={batch_size} cannot be shared by {part.count} processes that make rows of their own; they "
+        f"may be {one_of(divisors(batch_size), near=part.count)}.",
+    )
 
 
 def _finish(rows: dict[str, np.ndarray], *, mtp_depth: int, document_mask: bool) -> Batch:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import Difference, diff, to_dict
+from dsv3_jax.config.mesh_rules import check_streams
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.config.stored import complete
@@ -124,11 +125,12 @@ def open_run(
 
     Raises:
         UserError: the model has no official format, the folder belongs to another configuration (the difference is
-            shown), other data or another process, the data cannot be prepared, every checkpoint is corrupt, or the
-            folder cannot be written.
+            shown), other data or another process, the processes cannot share its rows, the data cannot be prepared,
+            every checkpoint is corrupt, or the folder cannot be written.
     """
     run_dir, functions = user_path(run_dir).absolute(), functions or functions_for(cfg.precision)
     to_hf(cfg.model, "bfloat16")  # refuses here, not after training, what the export at the end cannot say
+    part = _own_part(cfg, mesh)
     with contextlib.ExitStack() as opened:
         checkpoints = CheckpointFolder(run_dir / "checkpoints", keep=cfg.train.output.keep_checkpoints, log=log)
 
@@ -150,7 +152,7 @@ def open_run(
             seq_len=cfg.train.seq_len,
             mtp_depth=cfg.model.mtp_depth,
             seed=cfg.seed,
-            part=_own_part(cfg, mesh),
+            part=part,
         )
         opened.callback(batches.close)
         opened.callback(checkpoints.close)
@@ -236,6 +238,7 @@ def _own_part(cfg: RunConfig, mesh: Mesh | None) -> Part:
         f"a process holds rows {rows.start} to {rows.stop - 1} of {num}, which are no equal part of a batch; give each "
         "process as many devices as divide parallel.data x expert, or are a multiple of it.",
     )
+    check_streams(cfg.data.streams, num // size)
     return Part(rows.start // size, num // size)
 
 

@@ -101,7 +101,7 @@ def test_parts_make_the_batches_of_one_process(cfg, prepared, document_mask, cou
 
 def test_parts_that_are_not_equal_are_refused(cfg, prepared):
     for wrong, name in ((3, "train.batch.micro=8"), (8, "data.streams=12")):
-        with pytest.raises(UserError, match=f"{name} cannot be divided among {wrong} processes"):
+        with pytest.raises(UserError, match=f"{name} cannot be shared by {wrong} processes"):
             _iterator(dataclasses.replace(cfg, streams=12), prepared, batch_size=8, part=Part(0, wrong))
 
 
