@@ -22,11 +22,7 @@ def check_mesh(parallel: ParallelConfig, *, model: ModelConfig, train: TrainConf
     _check_experts(parallel, model)
     _check_tensor(parallel, model, precision)
     _check_stages(parallel, model)
-    check(
-        parallel.pipe == 1 or train.remat != "none",
-        f"train.remat='none' with parallel.pipe={parallel.pipe} would save weights as they are cast, once for each "
-        "micro-batch under way; use train.remat='paper' or 'full'.",
-    )
+    _check_pipeline(parallel, train)
     check_rows(train.batch, data=max(parallel.data, 1), expert=parallel.expert)
 
 
@@ -117,6 +113,26 @@ def _split_by_tensor(model: ModelConfig) -> dict[str, int]:
     if model.num_moe_layers or model.mtp_depth:
         widths["model.moe.expert_dim"] = moe.expert_dim
     return widths
+
+
+def _check_pipeline(parallel: ParallelConfig, train: TrainConfig) -> None:
+    """What waits for its backward pass lies in one pool of each device, and a stage's weights are gathered once."""
+    if parallel.pipe == 1:
+        return
+    what = {
+        "none": "save weights as they are cast, once for each micro-batch under way",
+        "offload": "put on the host what lies in one pool of the device",
+    }
+    check(
+        train.remat not in what,
+        f"train.remat={train.remat!r} with parallel.pipe={parallel.pipe} would {what.get(train.remat)}; use "
+        "train.remat='paper' or 'full'.",
+    )
+    check(
+        parallel.gather == "step",
+        f"parallel.gather={parallel.gather!r} with parallel.pipe={parallel.pipe}: ranks of a pipeline have the weights "
+        "of their stages for a whole step; use gather='step'.",
+    )
 
 
 def _check_stages(parallel: ParallelConfig, model: ModelConfig) -> None:
