@@ -33,6 +33,7 @@ from dsv3_jax.training.checkpoint import Checkpoint, CheckpointFolder, load
 from dsv3_jax.training.checkpoint_files import HOST, CheckpointError
 from dsv3_jax.training.ema import HostEMA
 from dsv3_jax.training.metrics import Progress
+from dsv3_jax.training.pipelined import PipelineStep
 from dsv3_jax.training.replace import replace_file
 from dsv3_jax.training.replaced import replaced
 from dsv3_jax.training.schedules import num_micro_batches, rates_at
