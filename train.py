@@ -2,6 +2,7 @@
 
     python train.py --config configs/tiny.py --run-dir runs/tiny
     python train.py --config configs/tiny.py --run-dir runs/mine --set data.paths=~/code --set train.lr.peak=2e-3
+    python train.py --config configs/tiny.py --simulate-devices 4 --set parallel.expert=2 --plan
 
 The same command continues a run that was stopped, from its newest checkpoint and bit for bit.
 """
@@ -22,7 +23,7 @@ import rich.console
 from jax.sharding import Mesh
 
 from dsv3_jax.config.arguments import add_config_arguments
-from dsv3_jax.config.check import UserError
+from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
 from dsv3_jax.config.mesh_rules import schedule_note
 from dsv3_jax.config.paths import user_path
@@ -30,6 +31,8 @@ from dsv3_jax.config.run import RunConfig
 from dsv3_jax.interrupt import Stopped, StopRequest, leave
 from dsv3_jax.model.functions import Functions
 from dsv3_jax.output import dependable_output
+from dsv3_jax.parallel.mesh import mesh_shape
+from dsv3_jax.planning.fit import plan_text
 from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.serving.generate import generate
 from dsv3_jax.training import hosts
@@ -67,6 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
             for key, value in flatten(to_dict(cfg)).items():
                 console.print(f"{key} = {value!r}", markup=False, highlight=False)
             return 0
+        num = given.simulate_devices
+        check(num is None or num > 0, f"--simulate-devices {num} must be at least 1.")
+        if given.plan:
+            text = plan(given, cfg)
+            console.quiet = not hosts.is_first()
+            console.print(text, markup=False, highlight=False)
+            hosts.leave_together()
+            return 0
         mesh = join(given, cfg)
         console.quiet = not hosts.is_first()
         keep_freed_memory()
@@ -98,11 +109,19 @@ def main(arguments: list[str] | None = None) -> int:
 def join(given: argparse.Namespace, cfg: RunConfig) -> Mesh | None:
     """Finds the other processes and the devices; the mesh to train on, None: one device."""
     hosts.initialize(given.coordinator, given.processes, given.process)
-    if given.simulate_devices:
+    if given.simulate_devices is not None:
         simulate(given.simulate_devices)
     if given.dump_hlo is not None:
         dump_programs(user_path(given.dump_hlo).absolute())
     return mesh_of(cfg, simulated=given.simulate_devices)
+
+
+def plan(given: argparse.Namespace, cfg: RunConfig) -> str:
+    """What `--plan` prints; simulated devices are not even made."""
+    if given.simulate_devices is not None:
+        return plan_text(cfg, mesh_shape(cfg.parallel, given.simulate_devices))
+    mesh = join(given, cfg)
+    return plan_text(cfg, mesh_shape(cfg.parallel, 1 if mesh is None else mesh.size))
 
 
 def described(cfg: RunConfig, functions: Functions) -> dict[str, Any]:
@@ -271,6 +290,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_config_arguments(parser, "--config")
     parser.add_argument("--run-dir", default="runs/default", metavar="DIR", help="where everything of this run goes")
     parser.add_argument("--print-config", action="store_true", help="print every key and value, and stop")
+    parser.add_argument(
+        "--plan", action="store_true", help="print the mesh, what each axis splits and bytes a device, and stop"
+    )
     parser.add_argument("--simulate-devices", type=int, metavar="N", help="let the CPU stand for N devices")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace some steps, in DIR/trace")
     parser.add_argument("--dump-hlo", metavar="DIR", help="have XLA write the programs it compiles to DIR")
