@@ -12,7 +12,7 @@
 | V      | vocabulary                 | E      | experts                               |
 | L      | layers                     | G      | groups of experts (nodes)             |
 | K      | experts chosen per token   | M      | rows after dispatch                   |
-| A      | input of a projection      | P      | pages of a sequence                   |
+| A      | input of a projection      | P      | pages; peers; ranks of a pipeline     |
 | Z      | output of a projection     | X      | a joined or packed row                |
 | l      | MoE layers                 | Y      | scales of a row                       |
 | k      | MTP modules                | d      | main model and MTP modules, k + 1     |

@@ -15,7 +15,8 @@ def told(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     def run(*arguments: str) -> tuple[int, str, str]:
         code = train.main(["--config", str(repository / "configs" / "tiny.py"), *arguments])
         assert list(tmp_path.iterdir()) == []
-        return code, *capsys.readouterr()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return run
 
