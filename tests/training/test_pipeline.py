@@ -23,6 +23,7 @@ from tests.small import make_variables
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
+COMPILED_QUICKLY: Any = {"xla_backend_optimization_level": 0}  # half the time; the program in HLO is the same
 RATES = Rates(np.float32(1e-2), np.float32(0.3), np.float32(0.01))
 
 
@@ -61,8 +62,8 @@ def compiled_on(cfg: RunConfig, num_devices: int) -> SimpleNamespace:
     placed = partial(place_all, cfg=cfg, mesh=mesh, sizes=sizes)
     free: Any = None
     jitted = jax.jit(gradients, out_shardings=Sums(free, free, shardings.params))
-    compiled = jitted.lower(on_mesh, placed(batches_of(cfg, 4)), RATES).compile()
-    reference = jax.jit(partial(gradients_of, partial(batch_loss, cfg=cfg)))
+    compiled = jitted.lower(on_mesh, placed(batches_of(cfg, 4)), RATES).compile(COMPILED_QUICKLY)
+    reference = jax.jit(partial(gradients_of, partial(batch_loss, cfg=cfg)), compiler_options=COMPILED_QUICKLY)
 
     def call(batches: Batch) -> Sums:
         return compiled(on_mesh, placed(batches), RATES)
