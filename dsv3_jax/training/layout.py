@@ -70,7 +70,8 @@ def layout_of(cfg: ModelConfig, placement: Placement, *, seq_len: int) -> Layout
 
 
 def spread(cfg: ModelConfig, num_stages: int, *, seq_len: int) -> list[int]:
-    """Layers of each stage, in as few slots as hold all, such that the costliest stage costs least.
+    """Layers of each stage, in as few slots as hold all, as few of them for dense layers, such that the costliest
+    stage costs least.
 
     Each stage has one at least, but for the last where it has MTP modules; the head is there, too.
     """
@@ -81,6 +82,13 @@ def spread(cfg: ModelConfig, num_stages: int, *, seq_len: int) -> list[int]:
         "parallel.pipe, or schedule='one_f_one_b', which has half the stages of 'dualpipe_v'.",
     )
     num_slots = max(-(-(L + depth) // num_stages), depth)
+    found = (_spread(cfg, num_stages, num_slots, dense, seq_len) for dense in range(cfg.num_dense_layers + 1))
+    return next(counts for counts in found if counts is not None)
+
+
+def _spread(cfg: ModelConfig, num_stages: int, num_slots: int, dense_slots: int, seq_len: int) -> list[int] | None:
+    """`spread` in so many slots of a stage, of which so many take dense layers; None where these are too few."""
+    L, depth = cfg.num_layers, cfg.mtp_depth
     costs, last = _costs(cfg, seq_len)
     total = np.concatenate([[0.0], np.cumsum(costs)])
     # best[n]: (cost of the costliest stage, sum of squares, counts) of the stages so far, with n layers in them.
@@ -90,12 +98,14 @@ def spread(cfg: ModelConfig, num_stages: int, *, seq_len: int) -> list[int]:
         room = num_slots - depth * is_last
         found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
         for before, (worst, squares, counts) in best.items():
-            for count in range(0 if is_last and depth else 1, min(room, L - before) + 1):
+            dense_left = max(cfg.num_dense_layers - before, 0)
+            most = room if dense_left <= dense_slots else dense_slots
+            for count in range(0 if is_last and depth else 1, min(most, L - before) + 1):
                 cost = float(total[before + count] - total[before]) + last * is_last
                 option = max(worst, cost), squares + cost**2, (*counts, count)
                 found[before + count] = min(option, found.get(before + count, option))
         best = found
-    return list(best[L][2])
+    return list(best[L][2]) if L in best else None
 
 
 def _costs(cfg: ModelConfig, seq_len: int) -> tuple[Sequence[float], float]:
