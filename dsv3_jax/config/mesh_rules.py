@@ -126,7 +126,7 @@ def _check_pipeline(parallel: ParallelConfig, train: TrainConfig) -> None:
     check(
         train.remat not in what,
         f"train.remat={train.remat!r} with parallel.pipe={parallel.pipe} would {what.get(train.remat)}; use "
-        "train.remat='paper' or 'full'.",
+        "train.remat='paper', 'received' or 'full'.",
     )
     check(
         parallel.gather == "step",

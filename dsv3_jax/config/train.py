@@ -158,7 +158,8 @@ class TrainConfig:
     `ema_decay` (0 = no average) and `ema_every` steps rule the average of the parameters on the host, which starts at
     the first update; the report has one, its decay is not stated.
     `remat`: what the backward pass reads from memory: "none" everything, "paper" what large matmuls gave (report
-    section 3.2.3), "offload" the same from the host's memory, "full" each layer's input; the rest it computes again.
+    section 3.2.3), "offload" the same from the host's memory, "received" each layer's input and what other devices sent
+    to its experts, "full" each layer's input; the rest it computes again.
     `loss_chunk_size`: positions of every row whose logits exist at once.
     """
 
@@ -171,7 +172,7 @@ class TrainConfig:
     output: OutputConfig = OutputConfig()
     ema_decay: float = 0.999
     ema_every: int = 1
-    remat: Literal["none", "paper", "full", "offload"] = "paper"
+    remat: Literal["none", "paper", "received", "full", "offload"] = "paper"
     loss_chunk_size: int = 512
 
     def __post_init__(self) -> None:
@@ -180,6 +181,7 @@ class TrainConfig:
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive (TrainConfig.{name}).")
         check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} is outside [0, 1); 0 = none (TrainConfig).")
         check(
-            self.remat in ("none", "paper", "full", "offload"),
-            f"remat={self.remat!r} is unknown; use 'none', 'paper', 'full' or 'offload' (TrainConfig.remat).",
+            self.remat in ("none", "paper", "received", "full", "offload"),
+            f"remat={self.remat!r} is unknown; use 'none', 'paper', 'received', 'full' or 'offload' "
+            "(TrainConfig.remat).",
         )

@@ -1,7 +1,7 @@
 """Transformer layers: one of them, a stack, and what its backward pass saves."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ from dsv3_jax.model.moe.layer import Routing, moe
 from dsv3_jax.model.parts import ffn, rms_norm
 from dsv3_jax.typing import Array, Float, Int, Params
 
-Remat = Literal["none", "paper", "full", "offload"]
+Remat = Literal["none", "paper", "received", "full", "offload"]
 
 ATTENTION = ("mla_q_down", "mla_kv_down", "mla_attended", "mla_added", "mtp_joined")
-FEED_FORWARD = ("router_logits", "experts_received", "experts_plan", "experts_gate_up", "ffn_gate_up")
+RECEIVED = ("experts_received", "experts_plan")
+FEED_FORWARD = ("router_logits", *RECEIVED, "experts_gate_up", "ffn_gate_up")
 PAPER = ATTENTION + FEED_FORWARD
 """What large matmuls give, but for MLA's up-projections: those, norms, attention and SwiGLU are computed again
 (report section 3.2.3). `checkpoint_name` gives each name once, where the tensor is made."""
@@ -117,15 +118,14 @@ def run_layers(
 
 def rematerialised(step: Callable, remat: Remat) -> Callable:
     """`step` of a scan over layers, of which the backward pass saves: "none" everything, "paper" what `PAPER` names,
-    "offload" the same in the host's memory, "full" the step's arguments only.
+    "received" of that what other devices sent, "offload" it all in the host's memory, "full" the arguments only.
 
     Naming what to save is the only way: a policy that names what not to save saves its input.
     """
-    known = ("none", "paper", "full", "offload")
-    check(remat in known, f"remat={remat!r} is unknown; use one of {', '.join(known)}.")
+    check(remat in get_args(Remat), f"remat={remat!r} is unknown; use one of {', '.join(get_args(Remat))}.")
     if remat == "none":
         return step
-    policies, names = jax.checkpoint_policies, () if remat == "full" else PAPER
+    policies, names = jax.checkpoint_policies, {"full": (), "received": RECEIVED}.get(remat, PAPER)
     policy = policies.save_only_these_names(*names)
     if remat == "offload":
         where: Any = {"names_which_can_be_saved": (), "offload_src": "device", "offload_dst": "pinned_host"}

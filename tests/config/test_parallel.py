@@ -71,7 +71,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_what_does(settings: str, messa
         (
             "train.remat=none parallel.pipe=2",
             "train.remat='none' with parallel.pipe=2 would save weights as they are cast, once for each micro-batch "
-            "under way; use train.remat='paper' or 'full'.",
+            "under way; use train.remat='paper', 'received' or 'full'.",
         ),
         ("train.remat=offload parallel.pipe=2", "would put on the host what lies in one pool of the device; use"),
         ("parallel.gather=layer parallel.pipe=2", "gather='layer' with parallel.pipe=2: ranks of a pipeline have the"),

@@ -30,5 +30,5 @@ def test_every_rematerialisation_gives_the_same_gradients(repository):
 
     plain = gradients("none")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(plain))
-    for remat in ("paper", "full", "offload"):
+    for remat in ("paper", "received", "full", "offload"):
         jax.tree.map(np.testing.assert_array_equal, gradients(remat), plain)
