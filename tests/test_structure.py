@@ -104,6 +104,25 @@ ALLOWED = {
         "dsv3_jax.data.batch",
         "dsv3_jax.training",
     ],
+    # the same for a mesh.
+    "dsv3_jax/planning/aot.py": [
+        "dsv3_jax.typing",
+        "dsv3_jax.interrupt",
+        "dsv3_kernels",
+        "dsv3_jax.config",
+        "dsv3_jax.data.batch",
+        "dsv3_jax.model",
+        "dsv3_jax.parallel",
+        "dsv3_jax.training",
+    ],
+    # which layers a stage has.
+    "dsv3_jax/planning/ranks.py": [
+        "dsv3_jax.typing",
+        "dsv3_jax.config",
+        "dsv3_jax.model",
+        "dsv3_jax.parallel",
+        "dsv3_jax.training.layout",
+    ],
 }
 # Edges see everything.
 EDGES = ("dsv3_jax/__init__.py", "dsv3_jax/bench")

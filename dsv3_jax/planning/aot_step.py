@@ -1,7 +1,7 @@
 """A whole training step compiled for an H100 that is not here: its kernels, its loops, the memory it needs.
 
     make aot-step CONFIG=configs/v2_lite_16b.py ARGS="--rows 2 --precision fp8_dsv3"
-    make aot-step CONFIG=configs/dsv3_671b.py ARGS="--layers 1 --set model.mtp_depth=0"
+    make aot-step CONFIG=configs/dsv3_671b.py ARGS="--layers 1 --set model.mtp_depth=0 train.remat=paper"
 
 Forward, backward and AdamW on one micro-batch, the program that `train.py` runs there; compiled, never run, and
 nothing is allocated. `make` gives it an environment with CUDA's compilers; in one of your own:
@@ -163,11 +163,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _config(given: argparse.Namespace) -> RunConfig:
-    """The configuration with what the other options change of it."""
+    """The configuration on one device, with what the other options change of it."""
     check(given.rows > 0, f"--rows {given.rows} must be at least 1.")
     check(given.layers is None or given.layers > 0, f"--layers {given.layers} must be at least 1.")
     model = load_config(given.config, given.set).model
     changes = [f"train.batch.{key}={given.rows}" for key in ("micro", "start", "full")]
+    changes += [f"parallel.{axis}=1" for axis in ("pipe", "data", "expert", "expert_nodes", "tensor")]
     if given.precision:
         changes.append(f"precision={given.precision}")
     if given.layers:

@@ -110,9 +110,8 @@ def _verdict(cfg: RunConfig, shape: Mapping[str, int], counted: Held) -> list[st
     lines = []
     for name, limit in MEMORIES.items():
         rest = limit - counted.total
-        lines.append(
-            f"{name} hold it, {_size(rest)} left." if rest >= 0 else f"{name} do not: {_size(-rest)} too much."
-        )
+        holds = f"hold it, {_size(rest)} left" if rest >= 0 else f"do not hold it: {_size(-rest)} too much"
+        lines.append(f"{name} {holds}.")
     limit = min(MEMORIES.values())
     if counted.total > limit:
         lines += _ways_out(counted, nearest(cfg, shape, limit))

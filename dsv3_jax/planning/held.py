@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.model.functions import functions_for
+from dsv3_jax.model.layers import PAPER, RECEIVED
 from dsv3_jax.model.params import ParamSpec
 from dsv3_jax.parallel.axes import ROWS
 from dsv3_jax.parallel.mesh import size_of
@@ -21,6 +22,7 @@ from dsv3_jax.planning.saved import INPUT, Work, rows_of, saved_by_layer, work_o
 MASTERS, MOMENTS, USED, GRADIENTS = "stored masters", "moments", "weights in use", "gradients"
 SAVED, WAITING, HEAD = "stored activations", "waiting between stages", "head and loss"
 EXCHANGE, LAYER, BATCH = "exchange buffers", "a layer at work", "batch and router biases"
+STAGE = "a stage at work"
 
 Leaves = Sequence[tuple[str, ParamSpec]]
 
@@ -97,14 +99,17 @@ def _stored(cfg: RunConfig, params: Leaves, mesh: Sizes) -> Iterator[Line]:
 def _weights(cfg: RunConfig, rank: Rank, mesh: Sizes) -> Iterator[Line]:
     """In use, and their gradients."""
     wide = jnp.dtype(functions_for(cfg.precision).compute_dtype).itemsize
-    elements = size = 0
-    for path, spec, count in in_use(cfg, rank):
-        local = count * _local(spec.shape, _stored_as(spec, mesh).used, mesh)
-        elements += local
-        size += local * (4 if len(spec.shape) == 1 or "router" in path else wide)
+    elements = size = of_stages = 0
+    for used in in_use(cfg, rank):
+        local = used.count * _local(used.spec.shape, _stored_as(used.spec, mesh).used, mesh)
+        width = 4 if len(used.spec.shape) == 1 or "router" in used.path else wide
+        elements, size = elements + local, size + local * width
+        of_stages += local * width * used.in_stages
     yield Line(USED, size, f"{elements:,} parameters: {rank.how}")
     if mesh.shape["pipe"] > 1:
         yield Line(GRADIENTS, 4 * elements, "float32 of all weights in use, summed over micro-batches")
+        how = "its weights, chosen of two, and gradients before they are added" if rank.places > 1 else "its gradients"
+        yield Line(STAGE, of_stages // rank.places * min(rank.places, 2), how)
         return
     stored = sum(_local(spec.shape, _stored_as(spec, mesh).spec, mesh) for _, spec in leaves(cfg.model, "params"))
     sums = 1 + (cfg.train.batch.full > cfg.train.batch.micro)
@@ -139,8 +144,12 @@ def _chunk(cfg: RunConfig, rank: Rank, work: Work) -> tuple[int, str]:
     attention = sum(of_dense[name] for name in both)
     sizes = {"layer": attention, "moe": sum(of_moe.values()) - attention, "mlp": sum(of_dense.values()) - attention}
     sizes["mtp"] = of_dense.get("mla_added", 0)  # as large as "mtp_joined", and saved when that is
+    if rank.chunks > 1 and "experts_plan" in of_moe:  # whose a block of rows is never differs, so no chunk stores it
+        sizes["moe"] -= 4 * sum(hop.peers for hop in work.hops)
     parts = {name: rank.chunk[name] * size for name, size in sizes.items() if rank.chunk[name] * size}
-    return sum(parts.values()), " + ".join(f"{size:,} of {rank.chunk[name]} {name}" for name, size in parts.items())
+    whether_last = int(rank.chunks > 1 and rank.chunk["mtp"] > 0)
+    how = " + ".join(f"{size:,} of {rank.chunk[name]} {name}" for name, size in parts.items())
+    return sum(parts.values()) + whether_last, how
 
 
 def _saved(cfg: RunConfig, work: Work, *, is_moe: bool) -> dict[str, int]:
@@ -150,17 +159,26 @@ def _saved(cfg: RunConfig, work: Work, *, is_moe: bool) -> dict[str, int]:
         layer = traced(cfg.model, functions_for(cfg.precision), **shape, is_moe=is_moe, remat="none")
         return {f"everything, {is_moe=}": sum(tensor.size * count for tensor, count in layer.held.items())}
     sizes = saved_by_layer(cfg.model, cfg.precision, work, is_moe=is_moe)
-    return sizes if cfg.train.remat == "paper" else {INPUT: sizes[INPUT]}
+    names = {"received": RECEIVED, "full": (), "offload": ()}.get(cfg.train.remat, PAPER)
+    return {name: size for name, size in sizes.items() if name == INPUT or name in names}
 
 
 def _layer_at_work(cfg: RunConfig, work: Work, wide: int) -> tuple[int, str]:
-    """The larger of attention and feed-forward, forward again and backward."""
+    """The larger of attention and feed-forward, both passes; without "paper" what that would save is made here."""
     model, mla = cfg.model, cfg.model.mla
     rows, _ = rows_of(work, is_fp8=cfg.precision == "fp8_dsv3")
-    attention = 2 * work.tokens * mla.num_heads * 2 * (mla.qk_head_dim + mla.v_head_dim) * wide
-    experts = rows * 2 * (model.model_dim + 3 * model.moe.expert_dim) * wide
-    dense = work.tokens * 2 * (model.model_dim + 3 * model.ffn_dim) * wide
-    return max(attention, experts, dense), f"{rows:,} rows of experts, or attention, and their gradients"
+    of_head, of_row = 2 * (mla.qk_head_dim + mla.v_head_dim), model.model_dim + 3 * model.moe.expert_dim // work.sharers
+    attention = 2 * work.tokens * mla.num_heads // work.sharers * of_head * wide
+    dense = work.tokens * 2 * (model.model_dim + 3 * model.ffn_dim // work.sharers) * wide
+    size, how = (
+        max(attention, 2 * rows * of_row * wide, dense),
+        f"{rows:,} rows of experts, or attention, and gradients",
+    )
+    if cfg.train.remat not in ("received", "full"):
+        return size, how
+    return size + sum(
+        saved_by_layer(model, cfg.precision, work, is_moe=True).values()
+    ), f"{how}; what it computes again"
 
 
 def _batch(cfg: RunConfig, biases: Leaves, mesh: Sizes) -> Line:

@@ -14,7 +14,7 @@ from dsv3_jax.planning.held import Held, Sizes, held
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": ("fp8_dsv3",),
-    "train.remat": ("paper", "full"),
+    "train.remat": ("paper", "received", "full"),
     "parallel.schedule": ("dualpipe_v",),
     "parallel.overflow": ("drop",),
     "parallel.capacity": (1.25, 1.0),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.run import RunConfig
-from dsv3_jax.parallel.axes import EXPERTS, ROWS
+from dsv3_jax.parallel.axes import EXPERTS, ROWS, TENSOR
 from dsv3_jax.parallel.mesh import size_of
 from dsv3_jax.parallel.room import room_for
 from dsv3_jax.precision.fp8_experts import BLOCK_ROWS
@@ -46,6 +46,8 @@ class Work(NamedTuple):
     """Of them it has so many."""
     has_rounds: bool
     """What finds no room is sent, and computed, in further rounds."""
+    sharers: int = 1
+    """Devices that share heads and widths."""
 
     @property
     def received(self) -> int:
@@ -59,19 +61,19 @@ def work_of(cfg: RunConfig, mesh: Any) -> Work:
     tokens = cfg.train.batch.micro // size_of(mesh, ROWS) * cfg.train.seq_len
     nodes, peers = (mesh.shape[axis] for axis in EXPERTS)
     if nodes * peers == 1:
-        return Work(tokens, (), tokens * moe.top_k, moe.num_experts, has_rounds=False)
+        return Work(tokens, (), tokens * moe.top_k, moe.num_experts, has_rounds=False, sharers=mesh.shape[TENSOR])
     room = room_for(tokens, moe, nodes=nodes, peers=peers, capacity=parallel.capacity)
     passing = nodes * room.node if nodes > 1 else tokens
     hops = (Hop(tokens, nodes, room.node),) * (nodes > 1) + (Hop(passing, peers, room.expert),) * (peers > 1)
     has_rounds = parallel.overflow == "rounds" and parallel.capacity is not None
-    return Work(tokens, hops, room.choices, moe.num_experts // (nodes * peers), has_rounds)
+    return Work(tokens, hops, room.choices, moe.num_experts // (nodes * peers), has_rounds, mesh.shape[TENSOR])
 
 
 def saved_by_layer(model: ModelConfig, precision: str, work: Work, *, is_moe: bool) -> dict[str, int]:
     """Bytes by the names of `model.layers.PAPER`, and of the layer's input."""
     mla, wide = model.mla, 4 if precision == "float32" else 2
     is_fp8 = precision == "fp8_dsv3"
-    attended = mla.num_heads * mla.v_head_dim
+    attended = mla.num_heads * mla.v_head_dim // work.sharers
     of_token = {
         INPUT: model.model_dim * wide,
         "mla_q_down": (mla.q_latent_dim or 0) * wide,
@@ -80,7 +82,7 @@ def saved_by_layer(model: ModelConfig, precision: str, work: Work, *, is_moe: bo
         "mla_added": model.model_dim * wide,
     }
     width = model.moe.num_shared_experts * model.moe.expert_dim if is_moe else model.ffn_dim
-    of_token["ffn_gate_up"] = _wide_or_fp8(2 * width, wide, is_fp8)
+    of_token["ffn_gate_up"] = _wide_or_fp8(2 * width // work.sharers, wide, is_fp8)
     if not is_moe:
         return {name: work.tokens * size for name, size in of_token.items()}
     of_token["router_logits"] = 4 * model.moe.num_experts
@@ -112,7 +114,7 @@ def _experts(model: ModelConfig, wide: int, is_fp8: bool, work: Work) -> dict[st
         again = in_parts if following is None else work.has_rounds and following.room < following.tokens
         received += hop.received * ((payload + 4 * K) * (following is None or again) + 4 * K * again)
     sizes = {"experts_plan": plan + 4 * in_parts, "experts_received": received}
-    return sizes | {"experts_gate_up": rows * _wide_or_fp8(2 * model.moe.expert_dim, wide, is_fp8)}
+    return sizes | {"experts_gate_up": rows * _wide_or_fp8(2 * model.moe.expert_dim // work.sharers, wide, is_fp8)}
 
 
 def _wide_or_fp8(width: int, wide: int, is_fp8: bool) -> int:

@@ -18,7 +18,7 @@ from dsv3_jax.model.params import ParamSpec, abstract_params
 from dsv3_jax.model.rope import RopeTable
 from dsv3_jax.parallel.mesh import make_mesh, mesh_shape
 from dsv3_jax.planning.fit import main, plan_text
-from dsv3_jax.planning.held import MASTERS, MOMENTS, copies, held
+from dsv3_jax.planning.held import GRADIENTS, MASTERS, MOMENTS, SAVED, copies, held
 from dsv3_jax.planning.memory import Tensor, traced
 from dsv3_jax.planning.saved import Work, saved_by_layer, work_of
 from dsv3_jax.training.sharded import on_mesh
@@ -26,7 +26,7 @@ from dsv3_jax.training.state import abstract_state, state_shardings
 from dsv3_kernels.varying import varying_over
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = load_config(CONFIGS / "tiny.py")
+TINY, LARGE = load_config(CONFIGS / "tiny.py"), load_config(CONFIGS / "dsv3_671b.py")
 ALL_671B = 682_636_487_424
 
 
@@ -74,6 +74,29 @@ def test_stored_bytes_are_those_of_the_state():
     biases = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.router_state))
     stored = 8 * (counted.of(MASTERS) // 4 + biases)
     assert stored == counted.parameters + extra
+
+
+def test_the_released_model_fits_as_planned():
+    shape = mesh_shape(LARGE.parallel, 2048)
+    counted = held(LARGE, shape)
+    assert counted.parameters == ALL_671B
+    assert counted.total < 80e9
+    biases = (LARGE.model.num_moe_layers + LARGE.model.mtp_depth) * LARGE.model.moe.num_experts
+    stored = 2048 * (counted.of(MASTERS) // 4 + biases)
+    assert stored == ALL_671B + sum(one.elements for one in copies(LARGE, shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [("precision=mixed", SAVED), ("parallel.schedule=dualpipe", GRADIENTS)],
+)
+def test_what_does_not_fit_names_the_class_that_does_it(change, name, capsys: pytest.CaptureFixture[str]):
+    assert main([str(CONFIGS / "dsv3_671b.py"), "--set", change]) == 0
+    text = capsys.readouterr().out
+    assert "80 GB do not hold it" in text
+    key, _, _ = change.partition("=")
+    (back,) = [line for line in text.splitlines() if line.startswith(f"  --set {key}=")]
+    assert f"most by {name}" in back
 
 
 def test_a_plan_names_axes_classes_and_memories():
