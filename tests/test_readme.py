@@ -39,6 +39,7 @@ CHECKED = {
     "-m dsv3_kernels.check": "needs a GPU",
     "-m dsv3_kernels.bench": "needs a GPU",
     "-m dsv3_kernels.tuning": "needs a GPU, or writes into the repository (--model)",
+    "-m dsv3_jax.planning.aot ": "compiles for minutes",
     "--peer": "needs transformers under another Python",
 }
 # What makes a command short.
