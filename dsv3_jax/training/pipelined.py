@@ -83,7 +83,7 @@ def make_pipeline_step(cfg: RunConfig, mesh: Mesh, functions: Functions) -> Pipe
 def micro_batches_of(cfg: RunConfig) -> range:
     """The numbers of micro-batches that the steps of a run may have."""
     batch = cfg.train.batch
-    return range(-(-batch.start // batch.micro), -(-batch.full // batch.micro) + 1)
+    return range(batch.start // batch.micro, batch.full // batch.micro + 1)
 
 
 def place_all(batches: Batch, *, cfg: RunConfig, mesh: Mesh, sizes: Sizes) -> Placed:

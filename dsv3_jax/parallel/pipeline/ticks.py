@@ -99,8 +99,9 @@ def sizes_for(name: Name, num_ranks: int, micro_batches: Iterable[int]) -> Sizes
     """What tables for any of these numbers of micro-batches need."""
     counts = sorted(set(micro_batches))
     check(bool(counts) and counts[0] > 0, f"micro_batches={counts} must be positive numbers of micro-batches.")
-    # Between twice the ranks and the largest number only the number of ticks grows.
-    telling = [count for count in counts if count <= 2 * num_ranks + 1 or count >= counts[-1] - 1]
+    # Beyond twice the ranks only the number of ticks grows; some schedules are others for odd numbers.
+    largest = {max((count for count in counts if count % 2 == odd), default=counts[-1]) for odd in (0, 1)}
+    telling = largest | {count for count in counts if count <= 2 * num_ranks + 1}
     found = [_laid_out(name, num_ranks, count)[0] for count in telling]
     return Sizes(*(max(column) for column in zip(*found, strict=True)))
 
