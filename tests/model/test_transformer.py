@@ -177,7 +177,8 @@ def test_every_saved_name_names_a_tensor_and_every_named_tensor_is_saved(config,
         return states.hidden.sum() + states.mtp_hidden.sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(total))(variables["params"])
-    assert set(re.findall(r"name\[name=(\w+)\]", str(jaxpr))) == set(PAPER)
+    sent_by_others = "experts_received"  # tests/planning/test_fit.py looks for it on a mesh
+    assert set(re.findall(r"name\[name=(\w+)\]", str(jaxpr))) == {*PAPER} - {sent_by_others}
 
 
 def test_offloading_moves_saved_tensors_to_the_host(config, variables_of) -> None:
