@@ -108,10 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def join(given: argparse.Namespace, cfg: RunConfig) -> Mesh | None:
     """Finds the other processes and the devices; the mesh to train on, None: one device."""
-    hosts.initialize(given.coordinator, given.processes, given.process)
+    check(
+        given.simulate_devices is None or given.processes is None,
+        "--simulate-devices is for one process, not --processes; leave one of them out.",
+    )
+    index = hosts.initialize(given.coordinator, given.processes, given.process)
     if given.simulate_devices is not None:
         simulate(given.simulate_devices)
-    if given.dump_hlo is not None:
+    if given.dump_hlo is not None and index == 0:
         dump_programs(user_path(given.dump_hlo).absolute())
     return mesh_of(cfg, simulated=given.simulate_devices)
 
@@ -308,9 +312,11 @@ HELP = """what the run dir holds:
   checkpoints/     the newest few, each checked      heldout.jsonl   one line an evaluation
   tensorboard/     the same values to look at       training.png    loss, bits per byte, expert load
   tokenizer.json   the tokenizer                     hf/             for transformers, vLLM, load_pretrained
+  trace/           with --profile, for Perfetto or TensorBoard
 
 stopping: Ctrl-C, SIGTERM or a closed terminal saves and leaves, in the middle of anything; Ctrl-C or SIGTERM again
   leaves at once. kill -9 loses at most what came after the last checkpoint. Nobody reading the output stops nothing.
+several processes: a signal to one stops all at one step; when one dies, the others end within a minute (not with 0).
 exit codes: 0 done or saved, 2 something to fix (the message says what), 3 loss or gradient not finite,
   128 + signal (130, 143, 129) stopped before there was anything to save.
 """

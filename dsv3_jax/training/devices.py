@@ -32,13 +32,17 @@ def mesh_of(cfg: RunConfig, *, simulated: int | None = None) -> Mesh | None:
     Raises:
         ConfigError: the run does not fit the devices.
     """
-    devices = jax.devices()
-    if jax.process_count() == 1 and (simulated or jax.default_backend() == "cpu"):
+    devices, is_cpu = jax.devices(), jax.default_backend() == "cpu"
+    check(
+        jax.process_count() == 1 or not is_cpu or jax.local_device_count() == 1,
+        f"{jax.local_device_count()} CPU devices in each of {jax.process_count()} processes would wait for each other; "
+        "set JAX_NUM_CPU_DEVICES=1 and start more processes, or simulate devices in one.",
+    )
+    if jax.process_count() == 1 and (simulated or is_cpu):
         num = simulated or 1
         check(
             len(devices) >= num,
-            f"--simulate-devices {num}: jax has found {len(devices)} devices before; set XLA_FLAGS and "
-            "JAX_NUM_CPU_DEVICES to nothing.",
+            f"--simulate-devices {num}, but this process began with {len(devices)} devices; start another.",
         )
         devices = devices[:num]
     mesh = make_mesh(cfg.parallel, devices)

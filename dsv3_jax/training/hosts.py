@@ -32,16 +32,18 @@ _EXIT_USER_ERROR = 2
 _PATIENCE_S = 7 * 24 * 3600
 """How long one process waits for another that lives: as long as the first may take to prepare data."""
 
-_LAUNCHED = ("SLURM_STEP_NODELIST", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
-"""Variables that `srun` and `mpirun` set for a process, the second the number of processes."""
+_LAUNCHED = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+"""Variables that `srun` and `mpirun` set for a process, first how many there are and which this is."""
 
 
 class AgreedError(UserError):
     """An error of the user's that every process has been told of."""
 
 
-def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the other processes of this run, if there are any; call it before anything else asks for devices.
+def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> int:
+    """Joins the other processes of this run, if there are any, and returns which of them this is.
+
+    Call it before anything else asks for devices.
 
     SLURM and Open MPI tell who they are; elsewhere the arguments do.
 
@@ -56,10 +58,11 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
-    is_launched = any(first in os.environ and int(os.environ.get(num, "1")) > 1 for first, num in _LAUNCHED)
-    if len(missing) == len(given) and not is_launched:
-        return
-    if coordinator is not None or len(missing) < len(given):
+    launched = [names for names in _LAUNCHED if all(name in os.environ for name in names)]
+    launched = [names for names in launched if int(os.environ[names[0]]) > 1]
+    if len(missing) == len(given) and not launched:
+        return 0
+    if len(missing) < len(given):
         check(not missing, f"{', '.join(missing)} missing; give --coordinator HOST:PORT --processes N --process I.")
         assert coordinator is not None
         assert processes is not None
@@ -86,6 +89,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
             f"the processes of this run did not find each other ({reason}); start as many as announced, all with one "
             "--coordinator that each can reach."
         ) from error
+    return int(os.environ[launched[0][1]]) if process is None else process
 
 
 def count() -> int:
