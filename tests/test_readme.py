@@ -41,16 +41,19 @@ CHECKED = {
     "-m dsv3_kernels.tuning": "needs a GPU, or writes into the repository (--model)",
     "-m dsv3_jax.planning.aot ": "compiles for minutes",
     "--peer": "needs transformers under another Python",
+    "--run-dir runs/lite": "needs GPUs, or several processes",
+    "-m dsv3_jax.bench.parity": "needs a process of its own, for its number of devices",
 }
 # What makes a command short.
 SHORTER = {
+    "--simulate-devices 4": "--set train.batch.micro=4 train.batch.start=4",
     "python train.py": "--set train.total_tokens=128 data.heldout_fraction=0.2",
     "-m dsv3_jax.bench.train": "--rounds 1 --set model.moe.num_groups=1 model.moe.groups_per_token=1",
     "-m dsv3_jax.bench.precision": "--steps 2 --seeds 0 --arms bf16 --set data.paths=path/to/folder",
     "python serve.py": "--max-new-tokens 4",
 }
 # What takes more than a few seconds even so.
-SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench", "-m dsv3_jax.planning", "--config my_")
+SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench", "-m dsv3_jax.planning", "--config my_", "--run-dir runs/mesh")
 
 
 class Block(NamedTuple):
@@ -221,7 +224,7 @@ def test_no_exception_outlives_its_command() -> None:
 def test_folders_and_programs_that_are_named_exist() -> None:
     for name, path in READMES.items():
         text = path.read_text(encoding="utf-8")
-        for named in re.findall(r"`((?:dsv3_jax|configs|kernels|tests)/[\w/.]*)`", text):
+        for named in re.findall(r"`((?:dsv3_jax|configs|kernels|launch|tests)/[\w/.]*)`", text):
             assert (ROOT / named).exists(), f"{name} names {named}"
         for module in re.findall(r"`python -m ([\w.]+)", text):
             assert importlib.util.find_spec(module), f"{name} names {module}"

@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     """A configuration that fits."""
 
     changes: dict[str, Any]
+    """All that `--set` takes to come there, with what follows from the others."""
     held: Held
 
 
@@ -64,7 +65,9 @@ def _plan(cfg: RunConfig, num_devices: int, rows_a_device: int, changes: dict[st
         train = dataclasses.replace(cfg.train, **_of(changes, "train."), batch=batch)
         precision = changes.get("precision", cfg.precision)
         changed = dataclasses.replace(cfg, precision=precision, train=train, parallel=parallel)
-        return Plan(changes, held(changed, shape))
+        following = {"train.batch.micro": batch.micro, "parallel.data": shape["data"]}
+        following = {key: value for key, value in following.items() if _get(cfg, key) not in (value, -1)}
+        return Plan(changes | following, held(changed, shape))
     except ConfigError:
         return None
 

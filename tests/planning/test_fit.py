@@ -20,6 +20,7 @@ from dsv3_jax.parallel.mesh import make_mesh, mesh_shape
 from dsv3_jax.planning.fit import main, plan_text
 from dsv3_jax.planning.held import GRADIENTS, MASTERS, MOMENTS, SAVED, copies, held
 from dsv3_jax.planning.memory import Tensor, traced
+from dsv3_jax.planning.nearest import nearest
 from dsv3_jax.planning.saved import Work, saved_by_layer, work_of
 from dsv3_jax.training.sharded import on_mesh
 from dsv3_jax.training.state import abstract_state, state_shardings
@@ -105,6 +106,16 @@ def test_a_plan_names_axes_classes_and_memories():
     )
     for said in ("small, float32, 4 devices", "expert       2", "stored masters", "80 GB hold it", "144 copies"):
         assert said in text
+
+
+def test_a_plan_is_come_to_by_setting_all_that_it_names():
+    """Rows of a micro-batch and replicas follow from the axes."""
+    cfg = load_config(CONFIGS / "v2_lite_16b.py", ["precision=mixed", "train.batch.micro=64", "parallel.data=16"])
+    plans = nearest(cfg, mesh_shape(cfg.parallel, 16), 80 * 10**9)
+    assert {"parallel.tensor": 2, "train.batch.micro": 32, "parallel.data": 8} in [plan.changes for plan in plans]
+    for plan in plans:
+        changed = override(cfg, [f"{key}={value}" for key, value in plan.changes.items()])
+        assert held(changed, mesh_shape(changed.parallel, 16)) == plan.held
 
 
 @pytest.mark.parametrize(
