@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from dsv3_jax.config.parallel import ParallelConfig
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.functions import Functions
@@ -121,10 +122,10 @@ def summed(tree: Any, axes: tuple[str, ...]) -> Any:
 
 
 def local_config(cfg: RunConfig, mesh: Mesh) -> RunConfig:
-    """The configuration of what one device computes: its own heads."""
+    """The configuration of what one device computes: its own heads, and no mesh."""
     mla = cfg.model.mla
     mla = dataclasses.replace(mla, num_heads=mla.num_heads // mesh.shape[TENSOR])
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, mla=mla))
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, mla=mla), parallel=ParallelConfig())
 
 
 def on_mesh(functions: Functions, cfg: RunConfig, mesh: Mesh) -> Functions:
