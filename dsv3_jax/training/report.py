@@ -4,10 +4,9 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
-import numpy as np
 import rich.box
 import rich.console
 import rich.table
@@ -197,7 +196,7 @@ def _heldout_settings(run: Run) -> dict:
 def _averaged(run: Run) -> Variables:
     assert run.average is not None
 
-    def like(average: np.ndarray, param: jax.Array) -> jax.Array:
+    def like(average: Any, param: jax.Array) -> jax.Array:
         return jax.numpy.asarray(average, param.dtype)
 
     params = jax.tree.map(like, run.average.average(), run.state.params)
