@@ -70,11 +70,12 @@ def _expert_ffn(rows, gate_up, down, weights, block_expert, gradient_tile):
 
 def _expert_ffn_forward(rows, gate_up, down, weights, block_expert, gradient_tile):
     q = cast_tokens(rows, scale="ue8m0")
-    joined = grouped_fp8_gemm(q, cast_blocks(_transposed(_joined(gate_up))), block_expert, out_dtype=rows.dtype)
+    w_in, w_out = (_transposed(w.astype(rows.dtype)) for w in (_joined(gate_up), down))
+    joined = grouped_fp8_gemm(q, cast_blocks(w_in), block_expert, out_dtype=rows.dtype)
     saved = named(to_bytes(cast_tokens(joined)), "experts_gate_up")
     hidden = swiglu_cast(joined)
     hidden = QTensor(hidden.values, hidden.scales * weights.astype(jnp.float32)[:, None])
-    out = grouped_fp8_gemm(hidden, cast_blocks(_transposed(down)), block_expert, out_dtype=rows.dtype)
+    out = grouped_fp8_gemm(hidden, cast_blocks(w_out), block_expert, out_dtype=rows.dtype)
     return out, (pack(q), gate_up, down, weights, block_expert, saved)
 
 
@@ -84,7 +85,8 @@ def _expert_ffn_backward(gradient_tile, residuals, d_out):
     weight = weights.astype(jnp.float32)[:, None]
     hidden, through_swiglu = jax.vjp(swiglu, dequantize_tiles(from_bytes(saved), tile=(1, 128)))
 
-    d_product = grouped_fp8_gemm(d_rows, cast_blocks(down), block_expert, out_dtype=d_out.dtype).astype(jnp.float32)
+    w_in, w_out = (w.astype(d_out.dtype) for w in (_joined(gate_up), down))
+    d_product = grouped_fp8_gemm(d_rows, cast_blocks(w_out), block_expert, out_dtype=d_out.dtype).astype(jnp.float32)
     d_weights = (d_product * hidden).sum(axis=1).astype(weights.dtype)
     d_hidden = through_swiglu(d_product * weight)[0].astype(d_out.dtype)
     d_down = grouped_fp8_gemm_k(
@@ -92,7 +94,7 @@ def _expert_ffn_backward(gradient_tile, residuals, d_out):
     )
 
     to_x = gradient_rows(d_hidden, tile=gradient_tile)
-    d_x = grouped_fp8_gemm(to_x, cast_blocks(_joined(gate_up)), block_expert, out_dtype=d_out.dtype)
+    d_x = grouped_fp8_gemm(to_x, cast_blocks(w_in), block_expert, out_dtype=d_out.dtype)
     d_gate_up = grouped_fp8_gemm_k(
         requantize_transposed(unpack(payload), scale="ue8m0"),
         gradient_columns(d_hidden, tile=gradient_tile),

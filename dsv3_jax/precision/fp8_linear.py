@@ -4,10 +4,11 @@ forward          y = x·w      x in tiles of 1x128 (a token, 128 features), w in
 input gradient   dx = dy·wᵀ   dy in tiles of 1x128, w in the same blocks
 weight gradient  dw = xᵀ·dy   both in tiles of 128 tokens of one feature, float32 out
 
-Scales are computed from the tensor itself (online). Of the activations the backward pass has x in FP8, nothing else; it
-dequantises, transposes and quantises that again. A non-finite element of a token stays in its tile: its row of y, or
-of dx, is lost and no other; of dw its feature's row is lost and at most the 127 others of that tile of x, or the
-column of its feature of dy.
+A weight is rounded to the dtype of activations before it is quantised, so that devices which gather it in that dtype
+quantise the same. Scales are computed from the tensor itself (online). Of the activations the backward pass has x in
+FP8, nothing else; it dequantises, transposes and quantises that again. A non-finite element of a token stays in its
+tile: its row of y, or of dx, is lost and no other; of dw its feature's row is lost and at most the 127 others of that
+tile of x, or the column of its feature of dy.
 """
 
 import functools
@@ -110,11 +111,11 @@ _attention_linear.defvjp(_attention_forward, _attention_backward)
 
 
 def _product(x: QTensor, w: Float[Array, "A Z"], dtype: DType) -> Float[Array, "M Z"]:
-    return fp8_gemm(x, cast_blocks(w.T), out_dtype=dtype)
+    return fp8_gemm(x, cast_blocks(w.astype(dtype).T), out_dtype=dtype)
 
 
 def _input_gradient(dy: Float[Array, "M Z"], w: Float[Array, "A Z"], tile: Tile) -> Float[Array, "M A"]:
-    return fp8_gemm(gradient_rows(dy, tile=tile), cast_blocks(w), out_dtype=dy.dtype)
+    return fp8_gemm(gradient_rows(dy, tile=tile), cast_blocks(w.astype(dy.dtype)), out_dtype=dy.dtype)
 
 
 def _weight_gradient(x_columns: QTensor, dy: Float[Array, "M Z"], tile: Tile) -> Float[Array, "A Z"]:

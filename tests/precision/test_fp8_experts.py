@@ -79,6 +79,7 @@ def test_rows_are_those_of_products_that_take_the_bytes_of_tokens_as_they_were_s
 
     @jax.jit
     def of_bytes(x, gate_up, down, weights):
+        gate_up, down = gate_up.astype(x.dtype), down.astype(x.dtype)  # what a mesh gathers, so what is quantised
         sent = unpack(gather(to_payload(x), plan.token_of))
         joined = cast_blocks(jnp.swapaxes(gate_up.reshape(8, 160, -1), 1, 2))
         hidden = swiglu_cast(grouped_fp8_gemm(sent, joined, plan.block_expert))
