@@ -5,7 +5,7 @@
 Expected (one run; its time on idle cores is not measured): 1.59 bits per byte on held-out files; on
 those `gzip -9` needs 2.12 and `xz -9` 1.98 file by file, `xz -9` 1.73 over all of them joined (sources of Python 3.13;
 other versions split differently). The training loss falls throughout: its mean over 200 steps never rises by more than
-0.02 nats (over 50 steps by 0.15, no more than the noise of batches of 2048 tokens). Expert load settles after about
+0.03 nats (over 50 steps by 0.17, no more than the noise of batches of 2048 tokens). Expert load settles after about
 0.25M tokens. The model is too small to write programs: the sample has the look of Python, not its sense.
 """
 
