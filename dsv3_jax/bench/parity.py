@@ -27,6 +27,7 @@ import rich.table
 
 from dsv3_jax.bench.parity_meshes import CASES, Case, configure
 from dsv3_jax.bench.parity_states import Outcome, outcomes_on, reference
+from dsv3_jax.config.arguments import add_set_argument
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.parallel import ParallelConfig
 from dsv3_jax.config.run import RunConfig
@@ -61,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--mesh", metavar="AXIS=SIZE,...", help="axes, and other fields of `parallel`")
     which.add_argument("--all", action="store_true", help=f"{len(CASES)} meshes of 2 to 16 devices")
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change the small run"
-    )
+    add_set_argument(parser)
     parser.add_argument("--states", type=int, default=5, help="states that a step is taken from")
     given = parser.parse_args(arguments)
     try:

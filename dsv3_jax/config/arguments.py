@@ -19,6 +19,11 @@ def add_config_arguments(
     else:
         nargs = None if default is None else "?"
         parser.add_argument(config, metavar="FILE", default=default, help=help_text, nargs=nargs)
+    add_set_argument(parser)
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--set` alone, for a program that has a configuration of its own."""
     parser.add_argument(
         "--set",
         action="extend",
