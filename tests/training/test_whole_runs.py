@@ -224,6 +224,19 @@ def test_kill_nine_and_the_next_start_continues_bit_for_bit(
     same_run(run_dir, undisturbed)
 
 
+def test_a_run_moves_between_meshes(command, undisturbed: Path, tmp_path: Path, capsys):
+    """Begun by two experts' peers, ended by one device: the batches and, but for rounding, the losses of one."""
+    run_dir = tmp_path / "run"
+    half = (8 * 2 + 4 * 4) * 16
+    begun = command(run_dir, "parallel.expert=2", f"train.total_tokens={half}", "train.output.final_eval_batches=1")
+    assert main(["--simulate-devices", "2", *begun]) == 0
+    assert "this model" in capsys.readouterr().out
+    assert main(command(run_dir)) == 0
+    found, expected = (np.array(losses(folder)) for folder in (run_dir, undisturbed))
+    np.testing.assert_array_equal(found[:, 0], expected[:, 0])
+    np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_corrupt_newest_checkpoint_falls_back(command, undisturbed: Path, tmp_path: Path, capsys):
     run_dir = tmp_path / "run"
