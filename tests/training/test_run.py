@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,10 +16,11 @@ from dsv3_jax.config.stored import complete
 from dsv3_jax.interop.export import export
 from dsv3_jax.interop.load import load_pretrained
 from dsv3_jax.interrupt import StopRequest
+from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.training.checkpoint import load_variables
 from dsv3_jax.training.checkpoint_files import HOST, MANIFEST, inventory
 from dsv3_jax.training.metrics import Progress
-from dsv3_jax.training.run import open_run, steps
+from dsv3_jax.training.run import differences, open_run, steps
 from dsv3_jax.training.step import make_step
 
 
@@ -93,6 +95,21 @@ def test_the_stored_run_of_version_0_1_resumes_and_exports(
     for folder, use_average in (("last", False), ("average", True)):
         export(run_dir.name, folder, "bfloat16", use_average=use_average, log=said.append)
         assert load_pretrained(folder)[0] == stored.model
+
+
+def test_a_checkpoint_of_another_model_is_refused_on_a_mesh_one_of_another_mesh_is_not(
+    golden: Path, stored: RunConfig, tmp_path: Path
+):
+    run_dir = shutil.copytree(golden / "run_0_1", tmp_path / "run")
+    same = override(stored, ["parallel.data=2", "parallel.gather=layer"])
+    serious, harmless = differences(to_dict(stored), to_dict(same))
+    assert not serious
+    assert [change.key for change in harmless] == ["parallel.data", "parallel.gather"]
+    other = override(same, [f"model.num_layers={stored.model.num_layers + 1}"])
+    message = rf"{run_dir} was trained with another configuration:\n  model.num_layers: \d -> \d\nUse another --run-dir"
+    opened = open_run(other, run_dir, mesh=make_mesh(other.parallel, jax.devices()[:2]), log=lambda line: None)
+    with pytest.raises(UserError, match=message), opened:
+        pass
 
 
 def test_data_made_again_must_be_what_the_run_has_learned_from(run_dir: Path, stored: RunConfig, sources: Path):
