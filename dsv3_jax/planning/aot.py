@@ -50,8 +50,6 @@ REMATERIALIZED = "Involuntary full rematerialization"
 _COMPILED_TO_BE_READ: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Nobody runs the program, so its machine code may be slow; what XLA decides of memory and collectives is the same."""
 
-_WHERE = ("a step", "a trip of a loop of run-time bound", "a trip of such a loop inside such a loop")
-
 
 class Traced(NamedTuple):
     """A step as a program for a mesh, not compiled yet."""
@@ -119,7 +117,7 @@ def report(cfg: RunConfig, mesh: Mesh, compiled: Compiled) -> str:
     ]
     lines += ["", "| where | axes | collective | calls | MB a device sends |", "|---|---|---|---:|---:|"]
     for (open_loops, axes, kind), (calls, sent) in by_axes(compiled.exchanged, mesh.shape).items():
-        where = _WHERE[min(open_loops, len(_WHERE) - 1)]
+        where = f"a trip, {open_loops} deep in loops of run-time bound" if open_loops else "a step"
         lines.append(f"| {where} | {axes} | {kind} | {calls:,} | {sent / 1e6:,.2f} |")
     conditional = sum(one.is_conditional for one in compiled.exchanged)
     lines += [
