@@ -108,7 +108,7 @@ def test_one_program_gives_one_devices_gradients_for_any_number_of_micro_batches
         (["schedule=dualpipe", "tensor=2", "model.num_layers=3", "model.mla.num_heads=4", "model.ffn_dim=28"], 4),
         # One stage a rank, two MTP modules, attention across documents, batch rows on two devices.
         (["schedule=one_f_one_b", "data=2", "model.mtp_depth=2", "data.document_mask=false"], 4),
-        # Four ranks, two exchanges to the experts, dense layers in two stages, everything computed again.
+        # Four ranks, experts on two devices each, three dense layers, everything computed again.
         (["pipe=4", "expert=2", "model.num_layers=9", "model.num_dense_layers=3", "train.remat=full"], 8),
     ],
     ids=["dualpipe", "one_f_one_b", "dualpipe_v"],
