@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -21,6 +22,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# No test fails because a machine is slow.
+hypothesis.settings.register_profile("without_clock", deadline=None)
+hypothesis.settings.load_profile("without_clock")
 
 if os.environ.get("DSV3_TYPECHECK", "1") != "0":
     # The tower lets an int stand for a float, as the language itself does.
