@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.serving import PAGE_SIZE
 from dsv3_jax.model.attention import attend
 from dsv3_jax.model.functions import Functions
 from dsv3_jax.model.mla import Context, Queries, join_rope
@@ -14,10 +15,6 @@ from dsv3_jax.model.rope import softmax_scale
 from dsv3_jax.serving.absorbed import attend_absorbed, into_latents, out_of_latents
 from dsv3_jax.typing import Array, DType, Float, Int, Params
 from dsv3_kernels import cache_read, cache_write, mla_decode
-
-PAGE_SIZE = 64
-"""Tokens a page."""
-
 
 class PagedCache(NamedTuple):
     """Latent rows of all layers in pages that any sequence may own; one table serves every layer."""
