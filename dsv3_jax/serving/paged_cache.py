@@ -16,6 +16,7 @@ from dsv3_jax.serving.absorbed import attend_absorbed, into_latents, out_of_late
 from dsv3_jax.typing import Array, DType, Float, Int, Params
 from dsv3_kernels import cache_read, cache_write, mla_decode
 
+
 class PagedCache(NamedTuple):
     """Latent rows of all layers in pages that any sequence may own; one table serves every layer."""
 
