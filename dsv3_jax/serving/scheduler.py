@@ -1,0 +1,306 @@
+"""What each step of an engine computes, and for whom: continuous batching over a pool of pages."""
+
+import bisect
+import dataclasses
+from collections import deque
+
+from dsv3_jax.config.serving import PAGE_SIZE
+from dsv3_jax.serving.errors import RequestError
+from dsv3_jax.serving.pages import KeyChain, PagePool
+from dsv3_jax.serving.sequence import Drawn, Progress, Sequence, Status, StepPlan, StepResult, Work
+
+
+@dataclasses.dataclass(slots=True)
+class _Notes:
+    """What the scheduler remembers of a sequence besides its own fields."""
+
+    sequence: Sequence
+    chain: KeyChain
+    has_run: bool = False
+    num_prompt_logprobs: int = 0
+    """Handed out so far."""
+
+
+class Scheduler:
+    """Decides step by step: `schedule`, run the plan, `update`. One plan and one call at a time.
+
+    Sequences rank by priority, then by arrival. A step gives every decoding sequence a token, and what is left of
+    `max_num_batched_tokens` to chunks of prompts in the order of rank. The first waiting sequence starts when a slot
+    and pages for all its tokens are there; nobody passes it. Where a running one needs a page and none is left, the
+    last in rank is preempted: it waits again, and is computed again behind what the cache still has of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        fingerprint: bytes,
+        prefix_cache: bool = True,
+    ):
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={max_num_batched_tokens} is less than max_num_seqs={max_num_seqs}: every "
+                "running sequence needs one token a step; raise it."
+            )
+        self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self._fingerprint, self._prefix_cache = fingerprint, prefix_cache
+        self._pool = PagePool(num_pages)
+        self._notes: dict[int, _Notes] = {}
+        """By the ids of sequences that have not ended."""
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        """Both in the order of rank."""
+        self._computing: dict[bytes, Sequence] = {}
+        """Who will publish the page of a key."""
+        self._num_added = 0
+        self.num_waiting_tokens = 0
+        self.prefix_queries = 0
+        """Prompt tokens that were looked up in the cache."""
+        self.prefix_hits = 0
+        """Prompt tokens that were found there."""
+        self.preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a slot or for pages."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold pages."""
+        return len(self._running)
+
+    @property
+    def usage(self) -> float:
+        """Share of the pages that running sequences refer to."""
+        return 1 - self._pool.num_available / self._pool.num_pages
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a sequence into the queue. Raises `RequestError` for one that could never end."""
+        room = self._pool.num_pages * PAGE_SIZE
+        length = len(sequence.prompt)
+        if not length:
+            raise RequestError("the prompt is empty; give at least one token.", param="prompt")
+        if length + sequence.max_tokens > room:
+            raise RequestError(
+                f"a prompt of {length} tokens and max_tokens={sequence.max_tokens} exceed the {room} tokens that the "
+                "cache has room for; shorten the prompt or lower max_tokens.",
+                param="prompt" if length > room else "max_tokens",
+            )
+        if sequence.id in self._notes:
+            raise ValueError(f"a sequence with id={sequence.id} is already here; give each its own.")
+        sequence.order = self._num_added
+        self._num_added += 1
+        self._notes[sequence.id] = _Notes(sequence, KeyChain(self._fingerprint, sequence.cache_salt))
+        self._wait(sequence)
+
+    def abort(self, sequence_id: int) -> Progress | None:
+        """Ends a sequence in whatever state; None where it has already ended."""
+        return self.finish(sequence_id, "abort")
+
+    def finish(self, sequence_id: int, reason: str) -> Progress | None:
+        """Ends a sequence for a reason that tokens do not show, as a stop string; None where it has already ended."""
+        notes = self._notes.get(sequence_id)
+        if notes is None:
+            return None
+        self._end(notes.sequence, reason)
+        return Progress(notes.sequence, Drawn(()), reason)
+
+    def schedule(self) -> StepPlan:
+        """The next step; empty where nobody waits or runs."""
+        may_start = not self._make_room()
+        decodes, prompts = [], deque()
+        for sequence in self._running:
+            if sequence.num_computed >= len(sequence.prompt) and sequence.num_computed + 1 == len(sequence.tokens):
+                decodes.append(Work(sequence, sequence.num_computed, 1))
+            else:
+                prompts.append(sequence)
+        chunks, budget = [], self._max_num_batched_tokens - len(decodes)
+        while budget > 0:
+            sequence = None
+            if may_start and self._waiting and (not prompts or _rank(self._waiting[0]) < _rank(prompts[0])):
+                sequence = self._start_first()
+                may_start = sequence is not None
+            if sequence is None:
+                if not prompts:
+                    break
+                sequence = prompts.popleft()
+            count = min(budget, len(sequence.tokens) - sequence.num_computed)
+            chunks.append(Work(sequence, sequence.num_computed, count))
+            budget -= count
+        return StepPlan(tuple(decodes), tuple(chunks))
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[Progress]:
+        """Puts drawn tokens behind their sequences, up to one that ends it, and lets full pages be found.
+
+        Sequences that ended, or lost their pages, since `schedule` are left out, and so are those without news.
+        """
+        progress = []
+        for work, drawn in zip(plan.works, result.drawn, strict=True):
+            sequence = work.sequence
+            if sequence.status is not Status.RUNNING or sequence.num_computed != work.start:
+                continue
+            if work.draws and not drawn.tokens:
+                raise RuntimeError(f"the step drew no token for sequence {sequence.id}, which computed its last one.")
+            self._compute(work)
+            news = self._accept(work, drawn)
+            if news.finish_reason is not None:
+                self._end(sequence, news.finish_reason)
+            if news.finish_reason is not None or news.drawn.tokens or news.drawn.prompt_logprobs:
+                progress.append(news)
+        return progress
+
+    def forget_pages(self, fingerprint: bytes) -> None:
+        """Weights changed: no page of the old ones is found again, and running sequences are computed again."""
+        self._fingerprint = fingerprint
+        self._pool.forget()
+        self._computing.clear()
+        for notes in self._notes.values():
+            notes.chain = KeyChain(fingerprint, notes.sequence.cache_salt)
+        while self._running:
+            sequence = self._running.pop()
+            self._release(sequence)
+            self._wait(sequence)
+
+    def check(self) -> None:
+        """Raises unless free + cached + referenced pages == total, and every sequence is in the one place it should."""
+        self._pool.check(page for sequence in self._running for page in sequence.pages)
+        for sequences, status in ((self._waiting, Status.WAITING), (self._running, Status.RUNNING)):
+            if sequences != sorted(sequences, key=_rank) or any(one.status is not status for one in sequences):
+                raise RuntimeError(f"{status.value} sequences are out of order: {[one.id for one in sequences]}.")
+        if {one.id for one in self._waiting + self._running} != set(self._notes):
+            raise RuntimeError(f"of sequences {sorted(self._notes)} some neither wait nor run.")
+        if any(one.pages or one.num_computed for one in self._waiting):
+            raise RuntimeError("a waiting sequence holds pages.")
+        if any(one.num_computed > len(one.pages) * PAGE_SIZE for one in self._running):
+            raise RuntimeError("a running sequence has more tokens computed than its pages hold.")
+        if any(owner.status is not Status.RUNNING for owner in self._computing.values()):
+            raise RuntimeError("a page is awaited from a sequence that does not run.")
+        if self.num_waiting_tokens != sum(len(one.tokens) for one in self._waiting):
+            raise RuntimeError(f"num_waiting_tokens={self.num_waiting_tokens} is not what the waiting sequences have.")
+
+    def _make_room(self) -> bool:
+        """Gives running sequences the pages that new tokens need. True where somebody was preempted for it."""
+        before, index = self.preemptions, 0
+        while index < len(self._running):
+            sequence = self._running[index]
+            if len(sequence.tokens) <= len(sequence.pages) * PAGE_SIZE:
+                index += 1
+            elif self._pool.num_available:
+                self._pool.extend(sequence.pages, 1)
+            else:
+                last = self._running.pop()
+                self._release(last)
+                last.num_preemptions += 1
+                self.preemptions += 1
+                self._wait(last)
+        return self.preemptions > before
+
+    def _start_first(self) -> Sequence | None:
+        """Lets the first waiting sequence run behind what the cache has of it, where there is room.
+
+        It waits for one ahead of it in rank that is about to compute the same page, to share that.
+        """
+        sequence = self._waiting[0]
+        if len(self._running) >= self._max_num_seqs:
+            return None
+        notes, length = self._notes[sequence.id], len(sequence.tokens)
+        keys = notes.chain.first(length // PAGE_SIZE, sequence.tokens) if self._prefix_cache else []
+        is_whole = sequence.params.prompt_logprobs is not None and notes.num_prompt_logprobs < len(sequence.prompt) - 1
+        wanted = keys[: 0 if is_whole else (length - 1) // PAGE_SIZE]  # its last token is always computed
+        found = self._pool.find(wanted)
+        if len(found) < len(wanted):
+            owner = self._computing.get(wanted[len(found)])
+            if owner is not None and _rank(owner) < _rank(sequence):
+                return None
+        num_new = -(-length // PAGE_SIZE) - len(found)
+        if not self._pool.has_room(found, num_new):
+            return None
+        for key in keys[len(found) :]:
+            self._computing.setdefault(key, sequence)
+        sequence.num_computed = len(found) * PAGE_SIZE
+        self._pool.share(found)
+        self._pool.extend(found, num_new)
+        sequence.pages = found
+        self._run(notes, is_looked_up=self._prefix_cache and not is_whole)
+        return sequence
+
+    def _run(self, notes: _Notes, *, is_looked_up: bool) -> None:
+        """Moves the first waiting sequence to the running ones; counts its first look into the cache."""
+        sequence = self._waiting.pop(0)
+        self.num_waiting_tokens -= len(sequence.tokens)
+        sequence.status = Status.RUNNING
+        bisect.insort(self._running, sequence, key=_rank)
+        if not notes.has_run and is_looked_up:
+            sequence.num_cached_tokens = sequence.num_computed
+            self.prefix_queries += len(sequence.prompt)
+            self.prefix_hits += sequence.num_computed
+        notes.has_run = True
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        self.num_waiting_tokens += len(sequence.tokens)
+        bisect.insort(self._waiting, sequence, key=_rank)
+
+    def _compute(self, work: Work) -> None:
+        """Counts the step's tokens as computed, and publishes the pages that they filled."""
+        sequence = work.sequence
+        sequence.num_computed += work.count
+        before, after = work.start // PAGE_SIZE, sequence.num_computed // PAGE_SIZE
+        if before == after or not self._prefix_cache:
+            return
+        keys = self._notes[sequence.id].chain.first(after, sequence.tokens)
+        for page, key in zip(sequence.pages[before:after], keys[before:], strict=True):
+            self._pool.publish(page, key)
+            if self._computing.get(key) is sequence:
+                del self._computing[key]
+
+    def _accept(self, work: Work, drawn: Drawn) -> Progress:
+        """Puts tokens behind the sequence until one ends it; leaves out prompt log-probabilities given before."""
+        sequence, reason, count = work.sequence, None, 0
+        if not sequence.max_tokens and sequence.num_computed >= len(sequence.prompt):
+            reason = "length"
+        for token in drawn.tokens:
+            if reason is not None:
+                break
+            may_stop = sequence.num_generated >= sequence.params.min_tokens
+            sequence.tokens.append(token)
+            count += 1
+            if may_stop and token in sequence.stop_ids:
+                reason = "stop"
+            elif sequence.num_generated >= sequence.max_tokens:
+                reason = "length"
+        logprobs, prompt_logprobs = drawn.logprobs, drawn.prompt_logprobs
+        if logprobs is not None:
+            logprobs = logprobs[:count]
+        if prompt_logprobs is not None:
+            notes = self._notes[sequence.id]
+            prompt_logprobs = prompt_logprobs[max(notes.num_prompt_logprobs - work.start, 0) :]
+            notes.num_prompt_logprobs += len(prompt_logprobs)
+        return Progress(sequence, Drawn(drawn.tokens[:count], logprobs, prompt_logprobs), reason)
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        if sequence.status is Status.RUNNING:
+            self._running.remove(sequence)
+            self._release(sequence)
+        else:
+            self._waiting.remove(sequence)
+            self.num_waiting_tokens -= len(sequence.tokens)
+        del self._notes[sequence.id]
+        sequence.status, sequence.finish_reason = Status.FINISHED, reason
+
+    def _release(self, sequence: Sequence) -> None:
+        """Gives its pages back; nobody awaits any of them from it."""
+        self._pool.release(sequence.pages)
+        sequence.pages, sequence.num_computed = [], 0
+        num_keys = len(sequence.tokens) // PAGE_SIZE if self._computing else 0
+        for key in self._notes[sequence.id].chain.first(num_keys, sequence.tokens):
+            if self._computing.get(key) is sequence:
+                del self._computing[key]
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """The lower, the earlier."""
+    return sequence.priority, sequence.order
