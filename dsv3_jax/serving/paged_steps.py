@@ -3,7 +3,7 @@
 Every shape is static and every length is data: sequences grow, come and go without a compilation.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -17,6 +17,17 @@ from dsv3_jax.typing import Array, Float, Int, Variables
 from dsv3_kernels import plan_decode
 
 
+class Step(NamedTuple):
+    """What a step computed beside the cache's rows."""
+
+    logits: Float[Array, "B *T V"]
+    """Float32: behind each new token, or behind each sequence's last one."""
+    hidden: Float[Array, "B T D"]
+    """Of every new token, after the final norm; what stands beyond a sequence's count means nothing."""
+    load: Int[Array, "l E"] | None
+    """Tokens that each expert of each MoE layer received."""
+
+
 def paged_decode(
     cfg: ModelConfig,
     variables: Variables,
@@ -26,17 +37,19 @@ def paged_decode(
     *,
     functions: Functions,
     implementation: str | None = None,
-) -> tuple[PagedCache, Float[Array, "B T V"]]:
-    """Appends T tokens to each sequence (one, or one with drafts) and returns float32 logits behind each of them.
+) -> tuple[PagedCache, Step]:
+    """Appends T tokens to each sequence (one, or one with drafts) and computes logits behind each of them.
 
     `counts` is T for a sequence that takes part and 0 for one that does not: its length stays, its logits mean
-    nothing. Absorbed form of MLA; `variables` come from `decoding_weights`. `implementation` as in `dsv3_kernels`.
+    nothing. Rows may also be successive tokens of one sequence, with its pages and a length more each: in every layer
+    all of them are written before any attends. Absorbed form of MLA; `variables` come from `decoding_weights`.
+    `implementation` as in `dsv3_kernels`.
     """
     pool = open_pool(cache, counts, implementation=implementation)
     lengths, settings = cache.lengths + counts, {"num_heads": cfg.mla.num_heads, "implementation": implementation}
     step = Decoding(pool, plan_decode(lengths, num_queries=tokens.shape[1], **settings))
-    x, cache = _append(cfg, variables, tokens, counts, cache, step, functions=functions)
-    return cache, unembed(variables["params"]["unembed"], x, functions=functions)
+    hidden, load, cache = _append(cfg, variables, tokens, counts, cache, step, functions=functions)
+    return cache, Step(unembed(variables["params"]["unembed"], hidden, functions=functions), hidden, load)
 
 
 def paged_prefill(
@@ -48,18 +61,18 @@ def paged_prefill(
     *,
     functions: Functions,
     implementation: str | None = None,
-) -> tuple[PagedCache, Float[Array, "B V"]]:
-    """Appends the first `counts` of T tokens to each sequence, and returns float32 logits behind the last of them.
+) -> tuple[PagedCache, Step]:
+    """Appends the first `counts` of T tokens to each sequence, and computes logits [B, V] behind the last of them.
 
     A long prompt may come in chunks: each attends to what the cache has of the sequence, whether this request wrote it
     or another with the same beginning. Naive form of MLA: expands every cached row that `page_table` has room for, so
     give a table no wider than needed. `variables` come from `decoding_weights`.
     """
     step = Chunk(open_pool(cache, counts, implementation=implementation))
-    x, cache = _append(cfg, variables, tokens, counts, cache, step, functions=functions)
+    hidden, load, cache = _append(cfg, variables, tokens, counts, cache, step, functions=functions)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(x, last, axis=1)[:, 0]
-    return cache, unembed(variables["params"]["unembed"], hidden, functions=functions)
+    of_last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    return cache, Step(unembed(variables["params"]["unembed"], of_last, functions=functions), hidden, load)
 
 
 def _append(
@@ -71,11 +84,11 @@ def _append(
     step: Any,
     *,
     functions: Functions,
-) -> tuple[Float[Array, "B T D"], PagedCache]:
-    """Normed hidden states of the new tokens, and the cache with their rows."""
+) -> tuple[Float[Array, "B T D"], Int[Array, "l E"] | None, PagedCache]:
+    """Normed hidden states of the new tokens, the experts' loads, and the cache with the tokens' rows."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     ctx = context(cfg, tokens.shape, cache.lengths[:, None] + index)._replace(valid=index < counts[:, None])
-    x, step = all_layers(cfg, variables, tokens, ctx, step, functions=functions)
+    x, step, routing = all_layers(cfg, variables, tokens, ctx, step, functions=functions)
     pages = step.pool.pages.reshape(cache.pages.shape)
-    hidden = final_norm(variables["params"], x, cfg=cfg)
-    return hidden, cache._replace(pages=pages, lengths=cache.lengths + counts)
+    hidden, load = final_norm(variables["params"], x, cfg=cfg), None if routing is None else routing.load
+    return hidden, load, cache._replace(pages=pages, lengths=cache.lengths + counts)

@@ -10,6 +10,7 @@ from dsv3_jax.model.functions import Functions
 from dsv3_jax.model.layers import run_layers
 from dsv3_jax.model.mla import Context
 from dsv3_jax.model.moe.experts import expert_ffn
+from dsv3_jax.model.moe.layer import Routing
 from dsv3_jax.model.moe.router import stack_bias
 from dsv3_jax.model.parts import embed, unembed
 from dsv3_jax.model.transformer import context, final_norm
@@ -36,7 +37,7 @@ def prefill(
     ctx = context(cfg, tokens.shape, jnp.maximum(index, 0), (index >= 0).astype(jnp.int32))
     prompts = Prompts(empty_cache(cfg, padding, cache_size=cache_size, functions=functions))
     weights = cast_experts(variables, functions=functions)
-    x, prompts = all_layers(cfg, weights, tokens, ctx, prompts, functions=functions)
+    x, prompts, _ = all_layers(cfg, weights, tokens, ctx, prompts, functions=functions)
     hidden = final_norm(variables["params"], x[:, -1], cfg=cfg)
     logits = unembed(variables["params"]["unembed"], hidden, functions=functions)
     return prompts.cache.next_step(T), logits
@@ -55,7 +56,7 @@ def decode(
     `variables` come from `decoding_weights`. The cache must have a free row (`length` < S).
     """
     ctx = context(cfg, (tokens.shape[0], 1), (cache.length - cache.padding)[:, None])
-    x, cache = all_layers(cfg, variables, tokens[:, None], ctx, cache, functions=functions)
+    x, cache, _ = all_layers(cfg, variables, tokens[:, None], ctx, cache, functions=functions)
     hidden = final_norm(variables["params"], x[:, 0], cfg=cfg)
     return cache.next_step(1), unembed(variables["params"]["unembed"], hidden, functions=functions)
 
@@ -94,13 +95,16 @@ def all_layers(
     cache: Any,
     *,
     functions: Functions,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """Embedding and both stacks of layers over a cache. Returns the stream before the final norm, and the cache."""
-    params, settings = variables["params"], {"cfg": cfg, "functions": functions}
+) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
+    """Embedding and both stacks of layers over a cache.
+
+    Returns the stream before the final norm, the cache, and what the MoE layers routed.
+    """
+    params, routing, settings = variables["params"], None, {"cfg": cfg, "functions": functions}
     x = embed(params["embed"], tokens, functions=functions)
     if cfg.num_dense_layers:
         x, cache, _ = run_layers(params["dense_layers"], None, x, ctx, cache, **settings)
     if cfg.num_moe_layers:
         biases = stack_bias(variables["router_state"], "moe_layers")
-        x, cache, _ = run_layers(params["moe_layers"], biases, x, ctx, cache, **settings)
-    return x, cache
+        x, cache, routing = run_layers(params["moe_layers"], biases, x, ctx, cache, **settings)
+    return x, cache, routing

@@ -70,12 +70,12 @@ def test_greedy_ids_of_the_golden_checkpoints(tiny: Tiny, implementation: str) -
     B, T = prompt.shape
     cache = fresh_cache(tiny.cfg, B, 2)
     settings = {"functions": FLOAT32, "implementation": implementation}
-    cache, logits = prefill_step(tiny.cfg, tiny.weights, prompt, everyone(B, T), cache, **settings)
+    cache, (logits, *_) = prefill_step(tiny.cfg, tiny.weights, prompt, everyone(B, T), cache, **settings)
     for i in range(16):
         np.testing.assert_allclose(logits, tiny.expected["generated_step_logits"][:, i], atol=1e-4)
         token = logits.argmax(-1).astype(jnp.int32)
         np.testing.assert_array_equal(token, tiny.expected["generated_ids"][:, i])
-        cache, logits = decode_step(tiny.cfg, tiny.weights, token[:, None], everyone(B, 1), cache, **settings)
+        cache, (logits, *_) = decode_step(tiny.cfg, tiny.weights, token[:, None], everyone(B, 1), cache, **settings)
         logits = logits[:, 0]
     np.testing.assert_array_equal(cache.lengths, T + 16)
 
@@ -111,7 +111,7 @@ def prefilled(tiny: Tiny, rows, chunk: int) -> tuple[PagedCache, np.ndarray]:
         counts = np.clip(np.array(LENGTHS) - start, 0, chunk).astype(np.int32)
         tokens = np.stack([np.resize(row[start : start + n], chunk) if n else np.zeros(chunk, np.int32)
                            for row, n in zip(rows, counts)])  # fmt: skip
-        cache, logits = prefill_step(tiny.cfg, tiny.weights, tokens, counts, cache, functions=FLOAT32)
+        cache, (logits, *_) = prefill_step(tiny.cfg, tiny.weights, tokens, counts, cache, functions=FLOAT32)
         for b, count in enumerate(counts):
             last[b] = np.asarray(logits[b]) if count else last[b]
     return cache, np.stack(last)
@@ -135,7 +135,7 @@ def test_steps_of_any_size_give_the_logits_of_the_contiguous_cache(tiny: Tiny, u
     B, S = len(LENGTHS), tokens_a_step
     for i in range(0, 8, S):
         tokens = np.stack([row[n + i : n + i + S] for row, n in zip(rows, LENGTHS)])
-        cache, logits = decode_step(tiny.cfg, tiny.weights, tokens, everyone(B, S), cache, functions=FLOAT32)
+        cache, (logits, *_) = decode_step(tiny.cfg, tiny.weights, tokens, everyone(B, S), cache, functions=FLOAT32)
         np.testing.assert_allclose(logits, expected[:, i + 1 : i + 1 + S], atol=1e-4)
         np.testing.assert_array_equal(logits.argmax(-1), expected[:, i + 1 : i + 1 + S].argmax(-1))
 
@@ -148,7 +148,7 @@ def test_who_sits_out_keeps_his_cache(tiny: Tiny, unequal) -> None:
     tokens = np.stack([row[n : n + 1] for row, n in zip(rows, LENGTHS)])
     for counts in ([1, 0, 1, 0], [0, 1, 0, 1]):
         active = np.array(counts, np.int32)
-        cache, logits = decode_step(tiny.cfg, tiny.weights, tokens, active, cache, functions=FLOAT32)
+        cache, (logits, *_) = decode_step(tiny.cfg, tiny.weights, tokens, active, cache, functions=FLOAT32)
         np.testing.assert_allclose(logits[active == 1, 0], expected[active == 1, 1], atol=1e-4)
     np.testing.assert_array_equal(cache.lengths, np.array(LENGTHS) + 1)
 
@@ -177,7 +177,7 @@ def test_bfloat16_pages_stay_near_float32(tiny: Tiny, unequal) -> None:
         weights = {**tiny.weights, "params": params}
         cache, _ = prefill_step(tiny.cfg, weights, prompt, everyone(4, 5), cache, functions=functions)
         next_tokens = np.stack([row[5:6] for row in rows])
-        cache, logits = decode_step(tiny.cfg, weights, next_tokens, everyone(4, 1), cache, functions=functions)
+        cache, (logits, *_) = decode_step(tiny.cfg, weights, next_tokens, everyone(4, 1), cache, functions=functions)
         assert cache.pages.dtype == functions.compute_dtype
         results.append(np.asarray(logits))
     assert np.linalg.norm(results[1] - results[0]) < 0.1 * np.linalg.norm(results[0])

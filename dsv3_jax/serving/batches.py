@@ -1,0 +1,112 @@
+"""How the works of a plan become the padded arrays of a few programs."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from dsv3_jax.config.serving import PAGE_SIZE
+from dsv3_jax.serving.programs import Tokens
+from dsv3_jax.serving.sampler import Sampling
+from dsv3_jax.serving.sequence import Sequence, StepPlan, Work
+from dsv3_jax.serving.shapes import Shapes
+from dsv3_jax.typing import Int
+
+
+class Item(NamedTuple):
+    """What one row of a program computes: `count` tokens behind `start` of a work's sequence."""
+
+    index: int
+    """Of the work in `StepPlan.works`."""
+    work: Work
+    start: int
+    count: int
+
+    @property
+    def draws(self) -> bool:
+        """It ends a work behind which a token is wanted."""
+        return self.work.draws and self.start + self.count == self.work.start + self.work.count
+
+
+class Batch(NamedTuple):
+    """One launch of the decoding program or of the prefill program."""
+
+    items: list[Item]
+    tokens: Tokens
+    is_chunk: bool
+
+
+def batches_of(plan: StepPlan, shapes: Shapes) -> list[Batch]:
+    """Decoding sequences and short tails as rows, a token each, and every longer chunk by itself.
+
+    A tail's rows are in order; where a tail is split between two launches, the first writes what the second reads.
+    """
+    rows, chunks = [Item(index, work, *work[1:]) for index, work in enumerate(plan.decodes)], []
+    for index, work in enumerate(plan.chunks, len(plan.decodes)):
+        if work.count <= shapes.longest_tail and not asks_prompt_logprobs(work):
+            rows += [Item(index, work, work.start + i, 1) for i in range(work.count)]
+        else:
+            chunks.append(Item(index, work, *work[1:]))
+    launches = []
+    for some in _split(rows, shapes.rows[-1]):
+        tokens = empty_batch(shapes.rows_for(len(some)), 1, shapes.table_width)
+        launches.append(_filled(some, tokens, is_chunk=False))
+    for item in chunks:
+        tokens = empty_batch(1, *shapes.chunk_for(item.start, item.count))
+        launches.append(_filled([item], tokens, is_chunk=True))
+    return launches
+
+
+def asks_prompt_logprobs(work: Work) -> bool:
+    """It reads prompt tokens whose log-probabilities are wanted."""
+    return work.sequence.params.prompt_logprobs is not None and work.start + 1 < len(work.sequence.prompt)
+
+
+def _split(rows: list[Item], size: int) -> Iterator[list[Item]]:
+    left = iter(rows)
+    while some := list(islice(left, size)):
+        yield some
+
+
+def _filled(items: list[Item], empty: Tokens, *, is_chunk: bool) -> Batch:
+    """The items in the first rows of `empty`, whose arrays are written."""
+    for row, (_, work, start, count) in enumerate(items):
+        pages = work.sequence.pages[: -(-(start + count) // PAGE_SIZE)]
+        empty.ids[row, :count] = work.sequence.tokens[start : start + count]
+        empty.counts[row], empty.lengths[row] = count, start
+        empty.page_table[row, : len(pages)] = pages
+    return Batch(items, empty, is_chunk)
+
+
+def empty_batch(num_rows: int, num_tokens: int, table_width: int) -> Tokens:
+    """Rows without tokens and pages."""
+    return Tokens(
+        np.zeros((num_rows, num_tokens), np.int32),
+        np.zeros(num_rows, np.int32),
+        np.zeros(num_rows, np.int32),
+        np.full((num_rows, table_width), -1, np.int32),
+    )
+
+
+def sampling_of(sequences: Iterable[Sequence | None], *, vocab_size: int) -> Sampling:
+    """One entry a row; a row without a sequence that draws is greedy, which costs nothing."""
+    rows = [
+        (0.0, 0, 1.0, 0)
+        if sequence is None
+        else (
+            sequence.params.temperature,
+            min(max(sequence.params.top_k, 0), vocab_size),
+            sequence.params.top_p,
+            sequence.seed,
+        )
+        for sequence in sequences
+    ]
+    columns = zip(*rows, strict=True)
+    dtypes = (np.float32, np.int32, np.float32, np.uint32)
+    return Sampling(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+
+
+def positions_of(batch: Batch) -> Int[np.ndarray, "B"]:
+    """Where the token behind each row's last one stands in its sequence."""
+    return batch.tokens.lengths + batch.tokens.counts

@@ -1,0 +1,73 @@
+"""The compiled programs that a runner calls: two kinds of steps, and what is computed from their outputs.
+
+They belong to the module, keyed by static arguments: a second runner of the same shapes compiles nothing.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.model.functions import Functions
+from dsv3_jax.serving.paged_cache import PagedCache
+from dsv3_jax.serving.paged_steps import Step, paged_decode, paged_prefill
+from dsv3_jax.serving.sampler import Sampling, next_token
+from dsv3_jax.serving.steps import decoding_weights
+from dsv3_jax.typing import Array, Float, Int, Variables
+
+
+class Tokens(NamedTuple):
+    """What a step reads of its sequences."""
+
+    ids: Int[Any, "B T"]
+    counts: Int[Any, "B"]
+    """How many of T are there; 0: an unused row."""
+    lengths: Int[Any, "B"]
+    """Tokens before them."""
+    page_table: Int[Any, "B P"]
+
+
+class Ran(NamedTuple):
+    """What a step computed."""
+
+    likeliest: Int[Array, "B"]
+    """Of the logits, the lowest id among equals: nothing else runs for a greedy batch."""
+    logits: Float[Array, "B V"]
+    step: Step
+
+
+in_steps = partial(jax.jit, static_argnames=("cfg", "functions"), donate_argnames="pages")
+
+
+@in_steps
+def run_rows(
+    cfg: ModelConfig, variables: Variables, pages: Array, tokens: Tokens, *, functions: Functions
+) -> tuple[Array, Ran]:
+    """One token a row: of a sequence that decodes, or of a short tail, which has as many rows as tokens."""
+    cache = PagedCache(pages, tokens.page_table, tokens.lengths)
+    cache, step = paged_decode(cfg, variables, tokens.ids, tokens.counts, cache, functions=functions)
+    logits = step.logits[:, 0]
+    return cache.pages, Ran(next_token(logits, tokens.lengths, None), logits, step)
+
+
+@in_steps
+def run_chunk(
+    cfg: ModelConfig, variables: Variables, pages: Array, tokens: Tokens, *, functions: Functions
+) -> tuple[Array, Ran]:
+    """A chunk of a prompt."""
+    cache = PagedCache(pages, tokens.page_table, tokens.lengths)
+    cache, step = paged_prefill(cfg, variables, tokens.ids, tokens.counts, cache, functions=functions)
+    return cache.pages, Ran(next_token(step.logits, tokens.lengths, None), step.logits, step)
+
+
+@jax.jit
+def draw_rows(logits: Float[Array, "B V"], positions: Int[Any, "B"], sampling: Sampling) -> Int[Array, "B"]:
+    """The tokens at `positions`."""
+    return next_token(logits, positions, sampling)
+
+
+@partial(jax.jit, static_argnames=("cfg", "functions"))
+def prepare(cfg: ModelConfig, variables: Variables, *, functions: Functions) -> dict:
+    """`variables` as steps read them."""
+    return decoding_weights(cfg, variables, functions=functions)
