@@ -98,9 +98,17 @@ class TextTokenizer:
         hidden = self._roles if skip_special else ()
         return self._inner.decode([int(i) for i in ids if i not in hidden], skip_special_tokens=skip_special)
 
+    def id_of(self, mark: str) -> int | None:
+        """The id of a mark, None where the tokenizer lacks it."""
+        return self._marks.get(mark)
+
     def has_text(self, i: int) -> bool:
         """Whether an id adds to a text: `decode(skip_special=True)` does not leave it out, and it has a token."""
         return i not in self._left_out and self._inner.id_to_token(i) is not None
+
+    @functools.cached_property
+    def _marks(self) -> dict[str, int]:
+        return {token.content: i for i, token in self._inner.get_added_tokens_decoder().items()}
 
     @functools.cached_property
     def _left_out(self) -> set[int]:
