@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 
 from dsv3_kernels import dispatch, target
 from dsv3_kernels.decode_attention import limits
+from dsv3_kernels.decode_attention.loops import mla_decode_loops
 from dsv3_kernels.decode_attention.planner import Plan, num_parts, plan_splits
 from dsv3_kernels.decode_attention.reference import mla_decode_reference
 from dsv3_kernels.decode_attention.xla import mla_decode_xla
@@ -52,8 +53,9 @@ NO_GRADIENT = (
 OP = dispatch.Op(
     "mla_decode",
     reference=_of_lengths(mla_decode_reference),
-    xla=_of_lengths(mla_decode_xla),
+    xla=_of_lengths(mla_decode_loops),
     kernel=_pallas,
+    xla_gpu=_of_lengths(mla_decode_xla),
     refuses=limits.refuses,
     axes="bshc bshr .z. b. b b .. -> bshc bhs",
     no_gradient=NO_GRADIENT,

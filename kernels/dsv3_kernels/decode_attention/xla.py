@@ -1,4 +1,4 @@
-"""MLA decoding on any backend: a loop over chunks of pages, each gathered and attended to with einsums.
+"""MLA decoding on GPUs without the kernels: a loop over chunks of pages, each gathered and attended to with einsums.
 
 Memory is that of one chunk, whatever the length; the loop runs to the longest sequence of the batch.
 """

@@ -17,11 +17,16 @@ from dsv3_kernels.decode_attention.cases import (
     DecodeInputs,
     make_inputs,
 )
+from dsv3_kernels.decode_attention.loops import mla_decode_loops
 from dsv3_kernels.decode_attention.reference import mla_decode_reference
+from dsv3_kernels.decode_attention.xla import mla_decode_xla
 from dsv3_kernels.latent_cache.fp8_rows import unpack_fp8_cache_rows
 from tests.dsv3_kernels.errors import flash_mismatch
 
 decode = functools.partial(mla_decode, softmax_scale=SOFTMAX_SCALE)
+
+SHORT_TAILS = DecodeCase(7, 16, 3, 1500, given_lengths=(0, 1, 15, 16, 17, 64, 1500))
+"""The last tokens of prompts whose beginning the cache holds."""
 
 
 def truth(inputs: DecodeInputs, *, causal: bool = True, softmax_scale: float = SOFTMAX_SCALE):
@@ -59,6 +64,47 @@ def test_xla_form_is_within_flashmlas_tolerances(case):
 @pytest.mark.parametrize("case", LARGE_CASES, ids=lambda case: case.name)
 def test_xla_form_is_within_flashmlas_tolerances_at_size(case):
     check(case)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [(mla_decode_loops, SHORT_TAILS), (mla_decode_xla, SHORT_TAILS), (mla_decode_xla, SMALL_CASES[4])],
+    ids=lambda x: getattr(x, "__name__", None) or x.name,
+)
+def test_many_queries_and_other_gpus_are_within_flashmlas_tolerances(implementation, case):
+    inputs = make_inputs(case)
+    run = jax.jit(functools.partial(implementation, softmax_scale=SOFTMAX_SCALE))
+    assert_close(run(*map(jnp.asarray, inputs)), truth(inputs))
+
+
+def test_each_platform_gets_its_own_implementation():
+    """A GPU gets one loop over the longest sequence's pages, a CPU one over sequences that holds one over pages."""
+    shapes = DecodeCase(2, 1, 4, 128).shapes()
+    run = jax.jit(functools.partial(decode, implementation="xla")).trace(*shapes)
+    loops = {
+        platform: run.lower(lowering_platforms=(platform,)).as_text().count("while") for platform in ("cpu", "cuda")
+    }
+    assert loops == {"cpu": 2, "cuda": 1}
+
+
+def test_a_sequence_gets_the_same_bits_beside_any_others():
+    inputs = make_inputs(DecodeCase(4, 2, 3, 150, given_lengths=(150, 0, 64, 7)))
+    run = jax.jit(functools.partial(decode, implementation="xla"))
+    out, lse = run(*map(jnp.asarray, inputs))
+    others = np.array([0, 3, 1, 1])
+    beside = [x if x is inputs.kv_pages else x[others] for x in inputs]
+    for a, b in zip((out, lse), run(*map(jnp.asarray, beside)), strict=True):
+        np.testing.assert_array_equal(np.asarray(b, np.float32), np.asarray(a, np.float32)[others])
+
+
+def test_memory_of_a_cpu_does_not_follow_the_width_of_the_table():
+    def temporaries(width: int) -> int:
+        *arrays, table, lengths = DecodeCase(4, 1, 4, 128).shapes()
+        table = jax.ShapeDtypeStruct((4, width), table.dtype)
+        run = jax.jit(functools.partial(decode, implementation="xla"))
+        return run.lower(*arrays, table, lengths).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(64) - temporaries(2) <= 2 * 4 * 4 * 62, "two copies of the page ids"
 
 
 def test_reference_by_hand():
