@@ -13,7 +13,7 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.functions import Functions, functions_of
 from dsv3_jax.serving.latent_cache import LatentCache
 from dsv3_jax.serving.request import checked_prompts, checked_sampling, checked_stop_ids
-from dsv3_jax.serving.sampler import Sampling, logprobs_of, next_token
+from dsv3_jax.serving.sampler import Sampling, logprobs_of, sample
 from dsv3_jax.serving.steps import decode, decoding_weights, prefill
 from dsv3_jax.typing import AnyArray, Array, Bool, Float, Int, Variables
 
@@ -131,7 +131,7 @@ def _complete(
     """
 
     def extend(now: _Progress, cache: LatentCache, logits: Float[Array, "B V"]) -> _Progress:
-        token = jnp.where(now.is_done, now.last, next_token(logits, cache.length - cache.padding, sampling))
+        token = jnp.where(now.is_done, now.last, sample(logits, cache.length - cache.padding, sampling))
         logprobs = None
         if now.logprobs is not None:
             column = jnp.where(now.is_done, 0.0, logprobs_of(logits, token))

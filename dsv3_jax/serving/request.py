@@ -71,6 +71,7 @@ def checked_sampling(
         temperature=np.array([value for _, value in temperatures], np.float32),
         top_k=np.array([min(value, cfg.vocab_size) for _, value in top_ks], np.int32),
         top_p=np.array([value for _, value in top_ps], np.float32),
+        min_p=np.zeros(num_prompts, np.float32),
         seed=np.array([value % 2**32 for _, value in seeds], np.uint32),
     )
 

@@ -1,0 +1,68 @@
+"""Requests' sampling parameters as rows of the sampler's arrays."""
+
+from collections.abc import Sequence as Several
+
+import numpy as np
+
+from dsv3_jax.serving.edits import Edits
+from dsv3_jax.serving.sampler import Sampling, TopLogprobs
+from dsv3_jax.serving.sequence import Sequence, TokenLogprobs
+
+_LARGEST = np.finfo(np.float32).max
+_SMALLEST = np.finfo(np.float32).tiny
+
+
+def sampling_rows(sequences: Several[Sequence], *, num_rows: int, vocab_size: int) -> Sampling:
+    """One entry a sequence, and greedy ones behind them up to `num_rows`."""
+    rest = [0] * (num_rows - len(sequences))
+    params = [sequence.params for sequence in sequences]
+    return Sampling(
+        temperature=np.array([_float32(each.temperature) for each in params] + rest, np.float32),
+        top_k=np.array([min(max(each.top_k, 0), vocab_size) for each in params] + rest, np.int32),
+        top_p=np.array([each.top_p for each in params] + [1] * len(rest), np.float32),
+        min_p=np.array([each.min_p for each in params] + rest, np.float32),
+        seed=np.array([sequence.seed for sequence in sequences] + rest, np.uint32),
+    )
+
+
+def has_edits(sequence: Sequence) -> bool:
+    """Whether its request changes logits, so that it needs a row of edits."""
+    params = sequence.params
+    return (
+        params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or len(params.logit_bias) > 0
+        or (params.min_tokens > 0 and len(sequence.stop_ids) > 0)
+    )
+
+
+def edit_row(sequence: Sequence, vocab_size: int) -> Edits:
+    """A sequence's edits after the tokens it has, for `edits.set_row`."""
+    params, length = sequence.params, len(sequence.prompt)
+    in_prompt, is_stop = np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+    in_prompt[list(sequence.prompt)] = True
+    is_stop[list(sequence.stop_ids)] = True
+    bias = np.zeros(vocab_size, np.float32)
+    bias[list(params.logit_bias)] = list(params.logit_bias.values())
+    return Edits(
+        counts=np.bincount(np.array(sequence.tokens[length:], np.int32), minlength=vocab_size).astype(np.int32),
+        in_prompt=in_prompt,
+        is_stop=is_stop,
+        bias=bias,
+        repetition=np.float32(_float32(params.repetition_penalty)),
+        presence=np.float32(params.presence_penalty),
+        frequency=np.float32(params.frequency_penalty),
+        may_stop_from=np.int32(length + params.min_tokens),
+    )
+
+
+def token_logprobs(found: TopLogprobs, row: int, count: int) -> TokenLogprobs:
+    """One row of what `top_logprobs` found, as host arrays, with the `count` likeliest tokens."""
+    top = zip(found.top_ids[row, :count].tolist(), found.top_logprobs[row, :count].tolist(), strict=True)
+    return TokenLogprobs(float(found.logprob[row]), int(found.rank[row]), tuple(top))
+
+
+def _float32(value: float) -> float:
+    """A number that is positive and finite in float32 too; 0 stays 0."""
+    return float(np.clip(value, _SMALLEST, _LARGEST)) if value else 0.0
