@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsv3_jax.config.load import load_config
     from dsv3_jax.config.model import MLAConfig, ModelConfig, MoEConfig, YarnConfig
+    from dsv3_jax.config.serving import ServingConfig
     from dsv3_jax.flax import MLA, DeepSeekV3, MoE
     from dsv3_jax.interop.load import load_pretrained
     from dsv3_jax.interop.run_dir import load
@@ -13,16 +14,23 @@ if TYPE_CHECKING:
     from dsv3_jax.model.functions import Functions, functions_for
     from dsv3_jax.model.params import abstract_params, init
     from dsv3_jax.model.transformer import forward
+    from dsv3_jax.serving.engine import Engine
     from dsv3_jax.serving.generate import generate
+    from dsv3_jax.serving.outputs import RequestOutput
+    from dsv3_jax.serving.params import SamplingParams
 
 __all__ = [
     "MLA",
     "DeepSeekV3",
+    "Engine",
     "Functions",
     "MLAConfig",
     "MoE",
     "MoEConfig",
     "ModelConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "ServingConfig",
     "YarnConfig",
     "abstract_params",
     "forward",
@@ -37,12 +45,16 @@ __all__ = [
 
 _HOME = {
     "DeepSeekV3": "dsv3_jax.flax",
+    "Engine": "dsv3_jax.serving.engine",
     "MLA": "dsv3_jax.flax",
     "Functions": "dsv3_jax.model.functions",
     "MLAConfig": "dsv3_jax.config.model",
     "MoE": "dsv3_jax.flax",
     "MoEConfig": "dsv3_jax.config.model",
     "ModelConfig": "dsv3_jax.config.model",
+    "RequestOutput": "dsv3_jax.serving.outputs",
+    "SamplingParams": "dsv3_jax.serving.params",
+    "ServingConfig": "dsv3_jax.config.serving",
     "YarnConfig": "dsv3_jax.config.model",
     "abstract_params": "dsv3_jax.model.params",
     "forward": "dsv3_jax.model.transformer",

@@ -10,7 +10,7 @@ class Delta(NamedTuple):
     """A piece of one completion, as it comes."""
 
     index: int
-    """Which completion of the call: prompt number · n + number of the completion."""
+    """Which completion of the call."""
     text: str
     """Whole characters; what may become part of a stop string is held back. Empty without a tokenizer."""
     token_ids: tuple[int, ...]

@@ -27,7 +27,8 @@ class Scheduler:
     Sequences rank by priority, then by arrival. A step gives every decoding sequence a token, and what is left of
     `max_num_batched_tokens` to chunks of prompts in the order of rank. The first waiting sequence starts when a slot
     and pages for all its tokens are there; nobody passes it. Where a running one needs a page and none is left, the
-    last in rank is preempted: it waits again, and is computed again behind what the cache still has of it.
+    last in rank is preempted: it waits again, and is computed again behind what the cache still has of it. So are
+    running ones of a lower priority than the first waiting one, where that makes room for it.
     """
 
     def __init__(
@@ -73,6 +74,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def has_work(self) -> bool:
+        """Whether any sequence has not ended."""
+        return bool(self._notes)
+
+    @property
     def usage(self) -> float:
         """Share of the pages that running sequences refer to."""
         return 1 - self._pool.num_available / self._pool.num_pages
@@ -111,6 +117,8 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step; empty where nobody waits or runs."""
         may_start = not self._make_room()
+        if may_start:
+            self._make_way()
         decodes, prompts = [], deque()
         for sequence in self._running:
             if sequence.num_computed >= len(sequence.prompt) and sequence.num_computed + 1 == len(sequence.tokens):
@@ -191,12 +199,29 @@ class Scheduler:
             elif self._pool.num_available:
                 self._pool.extend(sequence.pages, 1)
             else:
-                last = self._running.pop()
-                self._release(last)
-                last.num_preemptions += 1
-                self.preemptions += 1
-                self._wait(last)
+                self._preempt_last()
         return self.preemptions > before
+
+    def _make_way(self) -> None:
+        """Preempts running sequences of a lower priority than the first waiting one, where that lets it start."""
+        if not self._waiting or not self._running or self._running[-1].priority <= self._waiting[0].priority:
+            return
+        first = self._waiting[0]
+        lower = [one for one in self._running if one.priority > first.priority]
+        num_pages = -(-len(first.tokens) // PAGE_SIZE)
+        if self._pool.num_available + sum(len(one.pages) for one in lower) < num_pages:
+            return
+        for _ in lower:
+            if len(self._running) < self._max_num_seqs and self._pool.num_available >= num_pages:
+                return
+            self._preempt_last()
+
+    def _preempt_last(self) -> None:
+        last = self._running.pop()
+        self._release(last)
+        last.num_preemptions += 1
+        self.preemptions += 1
+        self._wait(last)
 
     def _start_first(self) -> Sequence | None:
         """Lets the first waiting sequence run behind what the cache has of it, where there is room.

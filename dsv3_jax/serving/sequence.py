@@ -108,7 +108,8 @@ class Drawn(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """Of `tokens`, where the request asked."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-    """Of the prompt's tokens start + 1 … start + count that the chunk predicts, where the request asked."""
+    """Of the prompt's tokens start + 1 … start + count that the chunk predicts, where the request asked; those that
+    were given before are left out."""
 
 
 class StepResult(NamedTuple):

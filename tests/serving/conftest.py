@@ -1,8 +1,8 @@
 """Small models to complete with, and their plain uncached completion."""
 
 import importlib.util
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.serving import ServingConfig
 from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.interop.load import load_pretrained
 from dsv3_jax.model.transformer import forward
+from dsv3_jax.serving.engine import Engine
 from tests.small import BASE, make_config, make_variables
 
 CONFIGS = {
@@ -99,6 +102,33 @@ def uncached_logits():
 @pytest.fixture(scope="session")
 def variables_of():
     return make_variables
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden: Path) -> Callable[[str], tuple[ModelConfig, Any]]:
+    """Configuration and float32 variables of a golden checkpoint by its name: tiny_a, tiny_b, tiny_c, tiny_d."""
+    return cache(lambda name: load_pretrained(golden / "hf" / name))
+
+
+@pytest.fixture(scope="session")
+def engine_of(golden_model) -> Iterator[Callable[..., Engine]]:
+    """An engine over a golden checkpoint, the same one for the same name and options: engines are shared.
+
+    All have 8 sequences and 12 pages, so that their steps are compiled once.
+    """
+    engines: dict[Any, Engine] = {}
+
+    def get(name: str = "tiny_a", **options: Any) -> Engine:
+        key = (name, *sorted(options.items()))
+        if key not in engines or engines[key].state != "ready":
+            cfg, variables = golden_model(name)
+            settings = {"max_num_seqs": 8, "num_pages": 12, "max_num_batched_tokens": 64, **options}
+            engines[key] = Engine(cfg, variables, ServingConfig(**settings))
+        return engines[key]
+
+    yield get
+    for engine in engines.values():
+        engine.close()
 
 
 @pytest.fixture(autouse=True, scope="module")

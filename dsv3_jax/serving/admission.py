@@ -1,0 +1,45 @@
+"""Which prompts an engine takes."""
+
+from collections.abc import Sequence
+
+from dsv3_jax.config.serving import ServingConfig
+from dsv3_jax.serving.errors import Overloaded, RequestError
+
+
+def checked_ids(prompt_ids: Sequence[int], *, vocab_size: int) -> tuple[int, ...]:
+    """The prompt, unless it is empty or holds an id that is no token."""
+    prompt = tuple(int(token) for token in prompt_ids)
+    if not prompt:
+        raise RequestError("the prompt is empty; give at least one token, such as bos.", param="prompt")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        foreign = next(token for token in prompt if not 0 <= token < vocab_size)
+        raise RequestError(
+            f"the prompt holds the id {foreign}, outside 0..{vocab_size - 1}; is it from another tokenizer?",
+            param="prompt",
+        )
+    return prompt
+
+
+def tokens_to_come(num_prompt_tokens: int, max_tokens: int | None, *, max_length: int) -> int:
+    """How many tokens may follow the prompt: `max_tokens`, or as many as fit where it is None."""
+    room = max_length - num_prompt_tokens
+    if room < (1 if max_tokens is None else max_tokens):
+        asked = "" if max_tokens is None else f" and max_tokens={max_tokens}"
+        raise RequestError(
+            f"the prompt has {num_prompt_tokens} tokens{asked}; together they may be at most {max_length}. "
+            "Shorten either.",
+            param="prompt" if room < 1 else "max_tokens",
+        )
+    return room if max_tokens is None else max_tokens
+
+
+def check_queue(num_requests: int, num_tokens: int, *, serving: ServingConfig) -> None:
+    """Raises `Overloaded` where so many completions, or tokens of their prompts, may not wait at once."""
+    if num_requests > serving.max_waiting_requests:
+        raise Overloaded(
+            f"{num_requests} completions would wait, and at most {serving.max_waiting_requests} may; try again later."
+        )
+    if num_tokens > serving.max_waiting_tokens:
+        raise Overloaded(
+            f"prompts of {num_tokens} tokens would wait, and at most {serving.max_waiting_tokens} may; try again later."
+        )
