@@ -92,18 +92,19 @@ def empty_batch(num_rows: int, num_tokens: int, table_width: int) -> Tokens:
 def sampling_of(sequences: Iterable[Sequence | None], *, vocab_size: int) -> Sampling:
     """One entry a row; a row without a sequence that draws is greedy, which costs nothing."""
     rows = [
-        (0.0, 0, 1.0, 0)
+        (0.0, 0, 1.0, 0.0, 0)
         if sequence is None
         else (
             sequence.params.temperature,
             min(max(sequence.params.top_k, 0), vocab_size),
             sequence.params.top_p,
+            sequence.params.min_p,
             sequence.seed,
         )
         for sequence in sequences
     ]
     columns = zip(*rows, strict=True)
-    dtypes = (np.float32, np.int32, np.float32, np.uint32)
+    dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint32)
     return Sampling(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
 
 

@@ -12,7 +12,7 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.functions import Functions
 from dsv3_jax.serving.paged_cache import PagedCache
 from dsv3_jax.serving.paged_steps import Step, paged_decode, paged_prefill
-from dsv3_jax.serving.sampler import Sampling, next_token
+from dsv3_jax.serving.sampler import Sampling, sample
 from dsv3_jax.serving.steps import decoding_weights
 from dsv3_jax.typing import Array, Float, Int, Variables
 
@@ -48,7 +48,7 @@ def run_rows(
     cache = PagedCache(pages, tokens.page_table, tokens.lengths)
     cache, step = paged_decode(cfg, variables, tokens.ids, tokens.counts, cache, functions=functions)
     logits = step.logits[:, 0]
-    return cache.pages, Ran(next_token(logits, tokens.lengths, None), logits, step)
+    return cache.pages, Ran(sample(logits, tokens.lengths, None), logits, step)
 
 
 @in_steps
@@ -58,13 +58,13 @@ def run_chunk(
     """A chunk of a prompt."""
     cache = PagedCache(pages, tokens.page_table, tokens.lengths)
     cache, step = paged_prefill(cfg, variables, tokens.ids, tokens.counts, cache, functions=functions)
-    return cache.pages, Ran(next_token(step.logits, tokens.lengths, None), step.logits, step)
+    return cache.pages, Ran(sample(step.logits, tokens.lengths, None), step.logits, step)
 
 
 @jax.jit
 def draw_rows(logits: Float[Array, "B V"], positions: Int[Any, "B"], sampling: Sampling) -> Int[Array, "B"]:
     """The tokens at `positions`."""
-    return next_token(logits, positions, sampling)
+    return sample(logits, positions, sampling)
 
 
 @partial(jax.jit, static_argnames=("cfg", "functions"))

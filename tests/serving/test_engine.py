@@ -135,7 +135,8 @@ def test_tokens_after_an_update_come_from_the_new_weights(own_engine, golden_mod
     assert delta.finish_reason == "length"
     assert (generate(cfg, new, [prompt[:70] + tokens[:-40]], 40)[0] == tokens[-40:]).all()
     after = engine.generate([prompt], SamplingParams(max_tokens=1))[0]
-    assert (before.num_cached_tokens, after.num_cached_tokens) == (0, 0)
+    assert before.num_cached_tokens == 0
+    assert after.num_cached_tokens == 64  # the page that was computed again; the old weights' second page is not found
     assert after.token_ids == generate(cfg, new, [prompt], 1)[0].tolist()
     engine.check()
 
@@ -182,7 +183,6 @@ def test_requests_that_cannot_be_answered_are_refused_by_name(engine_of) -> None
         ("frequency_penalty", float("inf")),
         ("repetition_penalty", 0.0),
         ("max_tokens", -1),
-        ("max_tokens", 1.5),
         ("min_tokens", 99),
         ("n", 0),
         ("seed", 2**64),
