@@ -1,6 +1,6 @@
 """How the works of a plan become the padded arrays of a few programs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -8,8 +8,7 @@ import numpy as np
 
 from dsv3_jax.config.serving import PAGE_SIZE
 from dsv3_jax.serving.programs import Tokens
-from dsv3_jax.serving.sampler import Sampling
-from dsv3_jax.serving.sequence import Sequence, StepPlan, Work
+from dsv3_jax.serving.sequence import StepPlan, Work
 from dsv3_jax.serving.shapes import Shapes
 from dsv3_jax.typing import Int
 
@@ -87,25 +86,6 @@ def empty_batch(num_rows: int, num_tokens: int, table_width: int) -> Tokens:
         np.zeros(num_rows, np.int32),
         np.full((num_rows, table_width), -1, np.int32),
     )
-
-
-def sampling_of(sequences: Iterable[Sequence | None], *, vocab_size: int) -> Sampling:
-    """One entry a row; a row without a sequence that draws is greedy, which costs nothing."""
-    rows = [
-        (0.0, 0, 1.0, 0.0, 0)
-        if sequence is None
-        else (
-            sequence.params.temperature,
-            min(max(sequence.params.top_k, 0), vocab_size),
-            sequence.params.top_p,
-            sequence.params.min_p,
-            sequence.seed,
-        )
-        for sequence in sequences
-    ]
-    columns = zip(*rows, strict=True)
-    dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint32)
-    return Sampling(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
 
 
 def positions_of(batch: Batch) -> Int[np.ndarray, "B"]:

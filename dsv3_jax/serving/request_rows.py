@@ -1,6 +1,6 @@
 """Requests' sampling parameters as rows of the sampler's arrays."""
 
-from collections.abc import Sequence as Several
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,17 +12,23 @@ _LARGEST = np.finfo(np.float32).max
 _SMALLEST = np.finfo(np.float32).tiny
 
 
-def sampling_rows(sequences: Several[Sequence], *, num_rows: int, vocab_size: int) -> Sampling:
-    """One entry a sequence, and greedy ones behind them up to `num_rows`."""
-    rest = [0] * (num_rows - len(sequences))
-    params = [sequence.params for sequence in sequences]
-    return Sampling(
-        temperature=np.array([_float32(each.temperature) for each in params] + rest, np.float32),
-        top_k=np.array([min(max(each.top_k, 0), vocab_size) for each in params] + rest, np.int32),
-        top_p=np.array([each.top_p for each in params] + [1] * len(rest), np.float32),
-        min_p=np.array([each.min_p for each in params] + rest, np.float32),
-        seed=np.array([sequence.seed for sequence in sequences] + rest, np.uint32),
-    )
+def sampling_rows(sequences: Iterable[Sequence | None], *, vocab_size: int) -> Sampling:
+    """One entry a row; a row without a sequence is greedy, which costs nothing."""
+    rows = [
+        (0.0, 0, 1.0, 0.0, 0)
+        if sequence is None
+        else (
+            _float32(sequence.params.temperature),
+            min(max(sequence.params.top_k, 0), vocab_size),
+            sequence.params.top_p,
+            sequence.params.min_p,
+            sequence.seed,
+        )
+        for sequence in sequences
+    ]
+    dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint32)
+    columns = zip(zip(*rows, strict=True), dtypes, strict=True)
+    return Sampling(*(np.array(column, dtype) for column, dtype in columns))
 
 
 def has_edits(sequence: Sequence) -> bool:

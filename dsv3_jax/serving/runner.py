@@ -10,8 +10,9 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.serving import ServingConfig
 from dsv3_jax.model.functions import Functions, functions_of
 from dsv3_jax.serving import programs
-from dsv3_jax.serving.batches import Batch, batches_of, empty_batch, positions_of, sampling_of
+from dsv3_jax.serving.batches import Batch, batches_of, empty_batch, positions_of
 from dsv3_jax.serving.paged_cache import empty_pages
+from dsv3_jax.serving.request_rows import sampling_rows
 from dsv3_jax.serving.sequence import Drawn, Sequence, StepPlan, StepResult
 from dsv3_jax.serving.shapes import shapes_of
 from dsv3_jax.serving.warm_up import Program, compile_all
@@ -134,7 +135,7 @@ class Runner:
         if not any(sequence is not None and sequence.params.temperature > 0 for sequence in drawing):
             return _Launched(batch, ran.likeliest)
         drawing += [None] * (len(batch.tokens.counts) - len(drawing))
-        sampling = sampling_of(drawing, vocab_size=self._cfg.vocab_size)
+        sampling = sampling_rows(drawing, vocab_size=self._cfg.vocab_size)
         return _Launched(batch, programs.draw_rows(ran.logits, positions_of(batch), sampling))
 
 

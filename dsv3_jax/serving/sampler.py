@@ -59,7 +59,7 @@ def sample(
 def top_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"], *, width: int) -> TopLogprobs:
     """Log-probabilities of `tokens` and of the `width` likeliest, whatever temperature and cuts chose."""
     logits = logits.astype(jnp.float32)
-    best, ids = jax.lax.top_k(logits, width)
+    best, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, width))  # or XLA slices a sort on CPUs
     own = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     rank = (logits >= own).sum(axis=-1, dtype=jnp.int32)
     highest = best[:, :1]

@@ -51,7 +51,7 @@ def test_a_row_without_edits_changes_nothing() -> None:
     logits = rng.normal(0, 5, (2, V)).astype(np.float32)
     sequences = [sequence(3, temperature=0.8, top_k=9), sequence(4)]
     assert not any(has_edits(each) for each in sequences)
-    how = sampling_rows(sequences, num_rows=2, vocab_size=V)
+    how = sampling_rows(sequences, vocab_size=V)
     edits = rows_of(empty_edits(1, V), np.array([1, 1]))
     np.testing.assert_array_equal(sample_jit(logits, np.arange(2), how, edits), sample_jit(logits, np.arange(2), how))
 
@@ -80,7 +80,7 @@ def test_no_stop_id_before_so_many_tokens() -> None:
     logits = np.zeros((3, V), np.float32)
     logits[:, 7] = 50
     edits = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], 3, 0), edit_row(each, V))
-    tokens = sample_jit(logits, np.array([6, 7, 8]), sampling_rows([each] * 3, num_rows=3, vocab_size=V), edits)
+    tokens = sample_jit(logits, np.array([6, 7, 8]), sampling_rows([each] * 3, vocab_size=V), edits)
     np.testing.assert_array_equal(tokens, [0, 0, 7])
 
 
@@ -89,7 +89,7 @@ def test_a_penalty_takes_the_likeliest_token_away_once_it_was_generated() -> Non
     logits = np.zeros((1, V), np.float32)
     logits[0, :3] = 3.0, 2.0, 1.5
     table, seen = set_row(empty_edits(1, V), 0, edit_row(each, V)), []
-    how = sampling_rows([each], num_rows=1, vocab_size=V)
+    how = sampling_rows([each], vocab_size=V)
     for position in range(6, 10):
         tokens = sample_jit(logits, np.array([position]), how, rows_of(table, np.array([0])))
         table = count(table, np.array([0]), tokens)
@@ -110,10 +110,10 @@ def test_numbers_past_float32_stay_finite() -> None:
     logits = np.random.default_rng(2).normal(0, 5, (6, V)).astype(np.float32)
     edits = jax.tree.map(lambda *x: np.stack(x), *[edit_row(each, V) for each in sequences])
     positions = np.full(6, 26)
-    tokens = np.asarray(sample_jit(logits, positions, sampling_rows(sequences, num_rows=6, vocab_size=V), edits))
+    tokens = np.asarray(sample_jit(logits, positions, sampling_rows(sequences, vocab_size=V), edits))
     assert ((tokens >= 0) & (tokens < V)).all()
     assert (
         tokens[1] == tokens[4].item() if logits[1].argmax() == logits[4].argmax() else tokens[1] == logits[1].argmax()
     )
-    alone = sample_jit(logits[5:], positions[5:], sampling_rows(sequences[5:], num_rows=1, vocab_size=V))
+    alone = sample_jit(logits[5:], positions[5:], sampling_rows(sequences[5:], vocab_size=V))
     assert alone[0] == tokens[5]
