@@ -10,16 +10,12 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr  # pyright: ignore[reportPrivateImportUsage]
 
-from dsv3_kernels.aot.hlo import computations
+from dsv3_kernels.aot import hlo
 
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "ragged-all-to-all")
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 """Bytes of an element by HLO's name of its dtype; float8 dtypes start with f8 and have one."""
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)")
-_ENTERS = re.compile(r" = .*? (call|while|conditional|async-start)\(.*")
-_ENTERED = re.compile(r"(?:to_apply|body|condition|calls|true_computation|false_computation)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[[^\]]*\] ?\{([^}]*)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -61,20 +57,12 @@ class Traffic(NamedTuple):
 
 def collectives(program: str, mesh: Any) -> list[Collective]:
     """Every collective that a run of `program` (optimised HLO text) reaches; `mesh.shape` maps axes to sizes."""
-    texts, found = computations(program), []
-    pending = [("ENTRY", 1, 0, False)]
-    while pending:
-        name, runs, open_loops, is_conditional = pending.pop()
-        for line in texts[name].splitlines():
-            if (match := _COLLECTIVE.search(line)) is not None:
-                dtype, elements = _of_result(match[1])
-                axes = _axes_of(line, mesh.shape)
-                found.append(Collective(match[2], axes, dtype, elements, runs, open_loops, is_conditional))
-            elif (match := _ENTERS.search(line)) is not None:
-                trips = _TRIPS.search(line)
-                is_unknown = match[1] == "while" and trips is None
-                inside = (runs * int(trips[1]) if trips else runs, open_loops + is_unknown)
-                pending += [(e, *inside, is_conditional or match[1] == "conditional") for e in _entered(line)]
+    found = []
+    for line in hlo.walk(program, into=(*hlo.CONTROL, "async-start")):
+        if (match := _COLLECTIVE.search(line.text)) is not None:
+            dtype, elements = _of_result(match[1])
+            axes = _axes_of(line.text, mesh.shape)
+            found.append(Collective(match[2], axes, dtype, elements, line.runs, line.open_loops, line.is_conditional))
     return found
 
 
@@ -119,12 +107,6 @@ def _of_result(types: str) -> tuple[str, int]:
     """Dtype and elements of a result, an array or a tuple of arrays of one dtype."""
     arrays = _ARRAY.findall(types)
     return arrays[0][0], sum(math.prod(int(size) for size in sizes.split(",") if size) for _, sizes in arrays)
-
-
-def _entered(line: str) -> Iterator[str]:
-    yield from _ENTERED.findall(line)
-    for names in _BRANCHES.findall(line):
-        yield from (name.strip(" %") for name in names.split(","))
 
 
 def _axes_of(line: str, sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -3,14 +3,11 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dsv3_kernels.aot import hlo
 
-_ENTERED = re.compile(r"(?:to_apply|body|condition|calls|true_computation|false_computation)=%([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -18,8 +15,7 @@ _OPERANDS = re.compile(r" dot\(%([\w.-]+), %([\w.-]+)\)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _DEFINED = re.compile(r"^\s*(?:ROOT )?%([\w.-]+) = ")
 
-_CALLERS = ("call", "while", "conditional", "fusion", "async-start", "call-start", "fusion-start")
-"""Other operations name computations, too, but only to reduce, compare or scatter with."""
+_CALLERS = (*hlo.CONTROL, "fusion", "async-start", "call-start", "fusion-start")
 
 
 class Kernel(NamedTuple):
@@ -66,41 +62,20 @@ class Inventory(NamedTuple):
 
 def take_inventory(program: str) -> Inventory:
     """Reads optimised HLO. Raises: ValueError for other text."""
-    computations = hlo.computations(program)
     found = Inventory([], [], [], Counter())
-    pending = [("ENTRY", 1)]
-    while pending:
-        name, runs = pending.pop()
-        lines = computations[name].splitlines()
-        for line in lines:
-            opcode = hlo.opcode(line)
-            if opcode in _CALLERS:
-                trips = 1
-                if opcode == "while":
-                    loop = Loop(_known_trips(line), _source(line), runs)
-                    found.loops.append(loop)
-                    trips = 1 if loop.trips is None else loop.trips
-                pending += [(entered, runs * trips) for entered in _entered(line)]
-            elif opcode == "dot":
-                found.products.append(_product(line, lines, runs))
-            elif opcode == "custom-call":
-                target = _TARGET.findall(line)[0]
-                if target.startswith("mosaic_gpu"):
-                    found.kernels.append(Kernel(_kernel_name(_source(line)), _source(line), runs))
-                else:
-                    found.libraries[target] += runs
+    for line in hlo.walk(program, into=_CALLERS):
+        source = _source(line.text)
+        if line.opcode == "while":
+            found.loops.append(Loop(hlo.known_trips(line.text), source, line.runs))
+        elif line.opcode == "dot":
+            found.products.append(_product(line.text, line.computation, line.runs))
+        elif line.opcode == "custom-call":
+            target = _TARGET.findall(line.text)[0]
+            if target.startswith("mosaic_gpu"):
+                found.kernels.append(Kernel(_kernel_name(source), source, line.runs))
+            else:
+                found.libraries[target] += line.runs
     return found
-
-
-def _entered(line: str) -> Iterator[str]:
-    yield from _ENTERED.findall(line)
-    for names in _BRANCHES.findall(line):
-        yield from (name.strip(" %") for name in names.split(","))
-
-
-def _known_trips(line: str) -> int | None:
-    trips = _TRIPS.search(line)
-    return int(trips[1]) if trips else None
 
 
 def _source(line: str) -> str:
@@ -113,7 +88,7 @@ def _kernel_name(source: str) -> str:
     return source.split("/")[-2] if "/" in source else source
 
 
-def _product(line: str, lines: list[str], runs: int) -> Product:
+def _product(line: str, lines: Sequence[str], runs: int) -> Product:
     """A `dot`; the types of its operands stand where they are defined, in the same computation."""
     operands, contracted = _OPERANDS.search(line), _CONTRACTED.search(line)
     assert operands is not None, line
