@@ -1,6 +1,7 @@
 """The serving engine: requests in, tokens out, one step at a time on a thread of its own."""
 
 import itertools
+import queue
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,12 @@ from dsv3_jax.data.tokenizer import TextTokenizer
 from dsv3_jax.model.functions import Functions
 from dsv3_jax.serving.admission import check_queue, checked_ids, tokens_to_come
 from dsv3_jax.serving.emitter import Sink
-from dsv3_jax.serving.errors import Unavailable
+from dsv3_jax.serving.errors import Overloaded, Unavailable
 from dsv3_jax.serving.loop import Loop
 from dsv3_jax.serving.mailbox import Mailbox
 from dsv3_jax.serving.metrics import Metrics
-from dsv3_jax.serving.offline import every, in_order, pieces
-from dsv3_jax.serving.outputs import Delta, RequestOutput
-from dsv3_jax.serving.params import SamplingParams, check_limits
+from dsv3_jax.serving.outputs import Delta, RequestOutput, in_order
+from dsv3_jax.serving.params import SamplingParams, check_limits, every
 from dsv3_jax.serving.runner import Runner
 from dsv3_jax.serving.scheduler import Scheduler
 from dsv3_jax.serving.sequence import Sequence as Completion
@@ -172,7 +172,7 @@ class Engine:
         each = every(params, len(prompts))
         for prompt, one in zip(prompts, each, strict=True):
             self._checked(prompt, one)
-        return pieces(self, prompts, each, priority=priority, cache_salt=cache_salt)
+        return self._pieces(prompts, each, priority=priority, cache_salt=cache_salt)
 
     def generate(
         self,
@@ -184,7 +184,8 @@ class Engine:
     ) -> list[RequestOutput]:
         """The completions of all prompts, in order; those of a prompt with n > 1 stand together. Raises as `stream`."""
         each = every(params, len(prompts))
-        return in_order(prompts, each, self.stream(prompts, each, priority=priority, cache_salt=cache_salt))
+        deltas = self.stream(prompts, each, priority=priority, cache_salt=cache_salt)
+        return in_order(prompts, [one.n for one in each], deltas)
 
     def update_weights(self, variables: Variables) -> int:
         """Puts other weights in the place of these between two steps; returns the number of the version, 1 first.
@@ -224,6 +225,36 @@ class Engine:
     def close(self) -> None:
         """Ends what is on its way with "abort", and the threads."""
         self._loop.close()
+
+    def _pieces(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, priority: int, cache_salt: str
+    ) -> Iterator[Delta]:
+        """Submits prompts as long as there is room, and gives out what comes; aborts the rest when it is closed."""
+        arrived: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        settings: Any = {"sink": arrived.put, "priority": priority, "cache_salt": cache_salt}
+        waiting = list(zip(prompts, params, strict=True))[::-1]
+        running: dict[int, int] = {}
+        first = 0
+        try:
+            while waiting or running:
+                while waiting:
+                    try:
+                        ids = self.submit(*waiting[-1], first_index=first, **settings)
+                    except Overloaded:
+                        if running:
+                            break
+                        raise
+                    running |= {first + number: sequence for number, sequence in enumerate(ids)}
+                    first += len(ids)
+                    waiting.pop()
+                delta = arrived.get()
+                if delta.finish_reason is not None:
+                    del running[delta.index]
+                if delta.finish_reason == "abort" and self.state in ("failed", "closed"):
+                    raise Unavailable(f"the engine {self.state} before the completion ended; its log has the reason.")
+                yield delta
+        finally:
+            self.abort(list(running.values()))
 
     def _checked(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], int]:
         """The prompt, and how many tokens may follow it."""

@@ -1,6 +1,7 @@
 """What an engine gives back."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dsv3_jax.serving.sequence import TokenLogprobs
@@ -56,3 +57,17 @@ class RequestOutput:
             self.prompt_logprobs = list(delta.prompt_logprobs)
         self.num_cached_tokens = delta.num_cached_tokens
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+def in_order(
+    prompts: Sequence[Sequence[int]], completions: Sequence[int], deltas: Iterable[Delta]
+) -> list[RequestOutput]:
+    """The pieces put together: the completions of a prompt, so many of each, stand side by side."""
+    outputs = [
+        RequestOutput(f"{row}-{number}", tuple(prompt))
+        for row, (prompt, count) in enumerate(zip(prompts, completions, strict=True))
+        for number in range(count)
+    ]
+    for delta in deltas:
+        outputs[delta.index].add(delta)
+    return outputs

@@ -121,6 +121,14 @@ def check_limits(params: SamplingParams, *, vocab_size: int, has_tokenizer: bool
                 raise RequestError(f"{name} names token {token}, outside 0..{vocab_size - 1}.", param=name)
 
 
+def every(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
+    """One for each prompt, from one for all or as many as there are."""
+    each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * num_prompts
+    if len(each) != num_prompts:
+        raise RequestError(f"{len(each)} params for {num_prompts} prompts; give one, or one for each.")
+    return each
+
+
 def _check_whole(name: str, value: object, least: int, *, optional: bool = False) -> None:
     if optional and value is None:
         return
