@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 def batches_of(plan: StepPlan, shapes: Shapes) -> list[Batch]:
-    """Decoding sequences and short tails as rows, a token each, and every longer chunk by itself.
+    """Decoding sequences and short tails as rows, a token each, and each longer chunk by itself.
 
     A tail's rows are in order; where a tail is split between two launches, the first writes what the second reads.
     """

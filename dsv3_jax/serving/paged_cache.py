@@ -89,7 +89,7 @@ def open_pool(cache: PagedCache, counts: Int[Array, "B"], *, implementation: str
 
 
 class Decoding(NamedTuple):
-    """A step of a few tokens a sequence, in the absorbed form; parameters come from `absorb`."""
+    """A step in the absorbed form, of a few tokens a sequence or of a short chunk; parameters come from `absorb`."""
 
     pool: Pool
     plan: Any
@@ -108,7 +108,9 @@ class Decoding(NamedTuple):
         """By `dsv3_kernels.mla_decode`, which computes `attention.attend`; another core reads rows out of the pages."""
         pool = self.pool.write(params, down, ctx, cfg=cfg)
         if functions.attend is attend:
-            q_latent, q_rope = jnp.split(into_latents(params, q), [cfg.mla.kv_latent_dim], axis=-1)
+            to_the_end = down.shape[1] - pool.counts  # where `mla_decode` takes a sequence's last tokens to stand
+            queries = _rolled(into_latents(params, q), to_the_end)
+            q_latent, q_rope = jnp.split(queries, [cfg.mla.kv_latent_dim], axis=-1)
             out = mla_decode(
                 q_latent,
                 q_rope,
@@ -119,12 +121,21 @@ class Decoding(NamedTuple):
                 softmax_scale=softmax_scale(cfg.mla, cfg.yarn),
                 implementation=pool.implementation,
             )[0]
-            heads = out_of_latents(params, out)
+            heads = out_of_latents(params, _rolled(out, -to_the_end))
         else:
             rows = pool.read(functions.compute_dtype)
             segments = jnp.ones(down.shape[:2], jnp.int32), jnp.ones(rows.shape[:2], jnp.int32)
             heads = attend_absorbed(params, q, rows, *segments, pool.lengths, cfg=cfg, functions=functions)
         return heads, Decoding(pool.next_layer(), self.plan)
+
+
+def _rolled(x: Float[Array, "B T H X"], by: Int[Array, "B"]) -> Float[Array, "B T H X"]:
+    """Each sequence's tokens moved to the right, those of the end to the beginning."""
+    T = x.shape[1]
+    if T == 1:
+        return x
+    come_from = (jnp.arange(T, dtype=jnp.int32)[None, :] - by[:, None]) % T
+    return jnp.take_along_axis(x, come_from[:, :, None, None], axis=1)
 
 
 class Chunk(NamedTuple):

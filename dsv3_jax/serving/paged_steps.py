@@ -45,9 +45,7 @@ def paged_decode(
     all of them are written before any attends. Absorbed form of MLA; `variables` come from `decoding_weights`.
     `implementation` as in `dsv3_kernels`.
     """
-    pool = open_pool(cache, counts, implementation=implementation)
-    lengths, settings = cache.lengths + counts, {"num_heads": cfg.mla.num_heads, "implementation": implementation}
-    step = Decoding(pool, plan_decode(lengths, num_queries=tokens.shape[1], **settings))
+    step = _absorbed(cfg, tokens, counts, cache, implementation=implementation)
     hidden, load, cache = _append(cfg, variables, tokens, counts, cache, step, functions=functions)
     return cache, Step(unembed(variables["params"]["unembed"], hidden, functions=functions), hidden, load)
 
@@ -69,6 +67,57 @@ def paged_prefill(
     give a table no wider than needed. `variables` come from `decoding_weights`.
     """
     step = Chunk(open_pool(cache, counts, implementation=implementation))
+    return _read(cfg, variables, tokens, counts, cache, step, functions=functions)
+
+
+def paged_extend(
+    cfg: ModelConfig,
+    variables: Variables,
+    tokens: Int[Array, "B T"],
+    counts: Int[Array, "B"],
+    cache: PagedCache,
+    *,
+    functions: Functions,
+    implementation: str | None = None,
+) -> tuple[PagedCache, Step]:
+    """`paged_prefill` in the absorbed form of MLA, which expands nothing: its cost follows lengths, not the table.
+
+    Cheaper for chunks that `extends` says, and always for the short rest of a prompt whose beginning is in the cache.
+    """
+    step = _absorbed(cfg, tokens, counts, cache, implementation=implementation)
+    return _read(cfg, variables, tokens, counts, cache, step, functions=functions)
+
+
+def extends(cfg: ModelConfig, num_tokens: int) -> bool:
+    """Whether chunks of `num_tokens` take fewer multiplications in the absorbed form, whatever lies before them.
+
+    A key costs each head C·(I + W) to expand; then a query multiplies I + R + W elements of it, and 2·C + R absorbed.
+    """
+    mla = cfg.mla
+    expanding = mla.kv_latent_dim * (mla.nope_head_dim + mla.v_head_dim)
+    absorbed, expanded = 2 * mla.kv_latent_dim + mla.rope_head_dim, mla.qk_head_dim + mla.v_head_dim
+    return num_tokens * absorbed <= expanding + num_tokens * expanded
+
+
+def _absorbed(
+    cfg: ModelConfig, tokens: Array, counts: Array, cache: PagedCache, *, implementation: str | None
+) -> Decoding:
+    pool = open_pool(cache, counts, implementation=implementation)
+    lengths, settings = cache.lengths + counts, {"num_heads": cfg.mla.num_heads, "implementation": implementation}
+    return Decoding(pool, plan_decode(lengths, num_queries=tokens.shape[1], **settings))
+
+
+def _read(
+    cfg: ModelConfig,
+    variables: Variables,
+    tokens: Int[Array, "B T"],
+    counts: Int[Array, "B"],
+    cache: PagedCache,
+    step: Any,
+    *,
+    functions: Functions,
+) -> tuple[PagedCache, Step]:
+    """A step whose logits are those behind each sequence's last token."""
     hidden, load, cache = _append(cfg, variables, tokens, counts, cache, step, functions=functions)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     of_last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]

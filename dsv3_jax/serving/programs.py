@@ -10,11 +10,16 @@ import jax
 
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.functions import Functions
+from dsv3_jax.model.parts import unembed
+from dsv3_jax.serving.edits import Edits, rows_of
 from dsv3_jax.serving.paged_cache import PagedCache
-from dsv3_jax.serving.paged_steps import Step, paged_decode, paged_prefill
-from dsv3_jax.serving.sampler import Sampling, sample
+from dsv3_jax.serving.paged_steps import Step, extends, paged_decode, paged_extend, paged_prefill
+from dsv3_jax.serving.sampler import Sampling, TopLogprobs, sample, top_logprobs
 from dsv3_jax.serving.steps import decoding_weights
-from dsv3_jax.typing import Array, Float, Int, Variables
+from dsv3_jax.typing import Array, Float, Int, Params, Variables
+
+PIECE = 128
+"""Tokens of a chunk whose logits exist at once."""
 
 
 class Tokens(NamedTuple):
@@ -55,16 +60,39 @@ def run_rows(
 def run_chunk(
     cfg: ModelConfig, variables: Variables, pages: Array, tokens: Tokens, *, functions: Functions
 ) -> tuple[Array, Ran]:
-    """A chunk of a prompt."""
+    """A chunk of a prompt, in the cheaper form."""
+    read = paged_extend if extends(cfg, tokens.ids.shape[1]) else paged_prefill
     cache = PagedCache(pages, tokens.page_table, tokens.lengths)
-    cache, step = paged_prefill(cfg, variables, tokens.ids, tokens.counts, cache, functions=functions)
+    cache, step = read(cfg, variables, tokens.ids, tokens.counts, cache, functions=functions)
     return cache.pages, Ran(sample(step.logits, tokens.lengths, None), step.logits, step)
 
 
 @jax.jit
-def draw_rows(logits: Float[Array, "B V"], positions: Int[Any, "B"], sampling: Sampling) -> Int[Array, "B"]:
-    """The tokens at `positions`."""
-    return sample(logits, positions, sampling)
+def draw_rows(
+    logits: Float[Array, "B V"], positions: Int[Any, "B"], sampling: Sampling, table: Edits, slots: Int[Any, "B"]
+) -> Int[Array, "B"]:
+    """The tokens at `positions`, by logits that the rows of `table` at `slots` change."""
+    return sample(logits, positions, sampling, rows_of(table, slots))
+
+
+@partial(jax.jit, static_argnames="width")
+def find_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"], *, width: int) -> TopLogprobs:
+    """Of `tokens`, and of the `width` likeliest."""
+    return top_logprobs(logits, tokens, width=width)
+
+
+@partial(jax.jit, static_argnames=("functions", "width"))
+def find_prompt_logprobs(
+    head: Params, hidden: Float[Array, "1 T D"], tokens: Int[Any, "T"], *, functions: Functions, width: int
+) -> TopLogprobs:
+    """Of the token behind each of a chunk's, from the hidden states of the chunk."""
+
+    def of_piece(piece: tuple[Array, Array]) -> TopLogprobs:
+        hidden, token = piece
+        return top_logprobs(unembed(head, hidden[None], functions=functions), token[None], width=width)
+
+    found = jax.lax.map(of_piece, (hidden[0], tokens), batch_size=PIECE)
+    return TopLogprobs(*(field[:, 0] for field in found))
 
 
 @partial(jax.jit, static_argnames=("cfg", "functions"))

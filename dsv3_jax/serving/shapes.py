@@ -5,9 +5,11 @@ import dataclasses
 from dsv3_jax.config.check import check
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.serving import PAGE_SIZE, ServingConfig
+from dsv3_jax.serving.paged_steps import extends
 
-LONGEST_TAIL = 16
-"""Tokens of a chunk that are cheaper as rows of the decoding program: no row expands what lies before it."""
+LONGEST_TAIL = 8
+"""Tokens of a chunk that join the decoding sequences, as a row each, which costs less than a program of their own."""
+SHORTEST_CHUNK, MOST_SIZES = 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Shapes:
     rows: tuple[int, ...]
     """Of the decoding program, ascending: one row a token."""
     chunks: tuple[tuple[int, int], ...]
-    """(tokens, pages of the table) of the prefill program, the cheapest first."""
+    """(tokens, pages of the table) of the programs for chunks, the cheapest first."""
     table_width: int
     """Pages of the longest sequence."""
     longest_tail: int
@@ -50,21 +52,23 @@ def shapes_of(cfg: ModelConfig, serving: ServingConfig, *, on_cpu: bool) -> Shap
     )
     if serving.batch_invariant:
         return Shapes(num_pages, budget, (serving.max_num_seqs,), ((most, width),), width, 0)
-    sizes = {most, max(-(-most // 4), min(most, 2 * LONGEST_TAIL))}
-    widths = {max(-(-width // part), -(-most // PAGE_SIZE)) for part in (1, 4, 16)}
-    chunks = sorted(((size, pages) for size in sizes for pages in widths), key=lambda shape: chunk_cost(cfg, *shape))
-    return Shapes(num_pages, budget, _row_sizes(serving.max_num_seqs), tuple(chunks), width, min(LONGEST_TAIL, most))
+    return Shapes(num_pages, budget, _rows(serving.max_num_seqs), _chunks(cfg, most, width), width, LONGEST_TAIL)
 
 
-def chunk_cost(cfg: ModelConfig, num_tokens: int, num_pages: int) -> int:
-    """Multiplications of a chunk's attention in one layer, and about those of its projections."""
-    mla, num_keys = cfg.mla, num_pages * PAGE_SIZE
-    expanded = mla.kv_latent_dim * mla.num_heads * (mla.nope_head_dim + mla.v_head_dim)
-    attended = num_tokens * mla.num_heads * (mla.qk_head_dim + mla.v_head_dim)
-    return num_keys * (expanded + attended) + num_tokens * 12 * cfg.model_dim**2
-
-
-def _row_sizes(max_num_seqs: int) -> tuple[int, ...]:
+def _rows(max_num_seqs: int) -> tuple[int, ...]:
     """Powers of two below what is needed at most, which is no less than a tail."""
     most = max(max_num_seqs, LONGEST_TAIL)
     return (*(1 << octave for octave in range((most - 1).bit_length())), most)
+
+
+def _chunks(cfg: ModelConfig, most: int, width: int) -> tuple[tuple[int, int], ...]:
+    """Sizes from `most` down: by halves where cost follows length, else by quarters with tables of a few widths."""
+    chunks, size = [], most
+    for _ in range(MOST_SIZES):
+        is_absorbed = extends(cfg, size)
+        parts = (1,) if is_absorbed else (1, 4, 16)
+        chunks += [(size, pages) for pages in {max(-(-width // part), -(-size // PAGE_SIZE)) for part in parts}]
+        size = -(-size // (2 if is_absorbed else 4))
+        if size < SHORTEST_CHUNK:
+            break
+    return tuple(sorted(chunks))

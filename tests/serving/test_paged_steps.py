@@ -14,7 +14,7 @@ from dsv3_jax.interop.load import load_pretrained
 from dsv3_jax.model.functions import functions_for
 from dsv3_jax.serving import steps
 from dsv3_jax.serving.paged_cache import PagedCache, empty_pages
-from dsv3_jax.serving.paged_steps import paged_decode, paged_prefill
+from dsv3_jax.serving.paged_steps import extends, paged_decode, paged_extend, paged_prefill
 from dsv3_kernels import dispatch
 
 FLOAT32 = functions_for("float32")
@@ -24,6 +24,7 @@ STATIC = ("cfg", "functions", "implementation")
 contiguous_prefill = jax.jit(steps.prefill, static_argnames=("cfg", "cache_size", "functions"))
 contiguous_decode = jax.jit(steps.decode, static_argnames=("cfg", "functions"))
 prefill_step = jax.jit(paged_prefill, static_argnames=STATIC, donate_argnames="cache")
+extend_step = jax.jit(paged_extend, static_argnames=STATIC, donate_argnames="cache")
 decode_step = jax.jit(paged_decode, static_argnames=STATIC, donate_argnames="cache")
 
 
@@ -103,7 +104,7 @@ def unequal(tiny: Tiny):
     return rows, np.stack(all_logits, axis=1)
 
 
-def prefilled(tiny: Tiny, rows, chunk: int) -> tuple[PagedCache, np.ndarray]:
+def prefilled(tiny: Tiny, rows, chunk: int, step=prefill_step) -> tuple[PagedCache, np.ndarray]:
     """The prompts read `chunk` tokens at a time; logits behind each sequence's last token."""
     cache = fresh_cache(tiny.cfg, len(LENGTHS), 2)
     last = [None] * len(LENGTHS)
@@ -111,17 +112,18 @@ def prefilled(tiny: Tiny, rows, chunk: int) -> tuple[PagedCache, np.ndarray]:
         counts = np.clip(np.array(LENGTHS) - start, 0, chunk).astype(np.int32)
         tokens = np.stack([np.resize(row[start : start + n], chunk) if n else np.zeros(chunk, np.int32)
                            for row, n in zip(rows, counts)])  # fmt: skip
-        cache, (logits, *_) = prefill_step(tiny.cfg, tiny.weights, tokens, counts, cache, functions=FLOAT32)
+        cache, (logits, *_) = step(tiny.cfg, tiny.weights, tokens, counts, cache, functions=FLOAT32)
         for b, count in enumerate(counts):
             last[b] = np.asarray(logits[b]) if count else last[b]
     return cache, np.stack(last)
 
 
 @each_in_time
-@pytest.mark.parametrize("chunk", [97, 40])
-def test_prompts_may_come_in_chunks(tiny: Tiny, unequal, chunk: int) -> None:
+@pytest.mark.parametrize(("step", "chunk"), [(prefill_step, 97), (prefill_step, 40), (extend_step, 40)])
+def test_prompts_may_come_in_chunks(tiny: Tiny, unequal, step, chunk: int) -> None:
+    """In the naive form and in the absorbed one; a chunk is not full for every sequence."""
     rows, expected = unequal
-    cache, logits = prefilled(tiny, rows, chunk)
+    cache, logits = prefilled(tiny, rows, chunk, step)
     np.testing.assert_array_equal(cache.lengths, LENGTHS)
     np.testing.assert_allclose(logits, expected[:, 0], atol=1e-4)
 
@@ -151,6 +153,26 @@ def test_who_sits_out_keeps_his_cache(tiny: Tiny, unequal) -> None:
         cache, (logits, *_) = decode_step(tiny.cfg, tiny.weights, tokens, active, cache, functions=FLOAT32)
         np.testing.assert_allclose(logits[active == 1, 0], expected[active == 1, 1], atol=1e-4)
     np.testing.assert_array_equal(cache.lengths, np.array(LENGTHS) + 1)
+
+
+@one_of_them
+def test_a_step_tells_hidden_states_and_loads(tiny: Tiny) -> None:
+    """Of the tokens that there are: padding goes to no expert."""
+    prompt = jnp.asarray(tiny.expected["prompt_ids"], jnp.int32)
+    B, T = prompt.shape
+    cache = fresh_cache(tiny.cfg, B, 2)
+    _, step = prefill_step(tiny.cfg, tiny.weights, prompt, everyone(B, T - 2), cache, functions=FLOAT32)
+    assert step.hidden.shape == (B, T, tiny.cfg.model_dim)
+    head = np.asarray(tiny.weights["params"]["unembed"]["w"])
+    np.testing.assert_allclose(step.hidden[:, T - 3] @ head, step.logits, rtol=1e-5, atol=1e-5)
+    assert step.load.shape == (tiny.cfg.num_moe_layers, tiny.cfg.moe.num_experts)
+    np.testing.assert_array_equal(step.load.sum(-1), B * (T - 2) * tiny.cfg.moe.top_k)
+
+
+def test_the_absorbed_form_is_chosen_where_it_multiplies_less() -> None:
+    cfg = ModelConfig()
+    assert extends(cfg, 170)
+    assert not extends(cfg, 171)
 
 
 @one_of_them
