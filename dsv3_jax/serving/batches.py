@@ -8,7 +8,7 @@ import numpy as np
 
 from dsv3_jax.config.serving import PAGE_SIZE
 from dsv3_jax.serving.programs import Tokens
-from dsv3_jax.serving.sequence import StepPlan, Work
+from dsv3_jax.serving.sequence import Sequence, StepPlan, Work
 from dsv3_jax.serving.shapes import Shapes
 from dsv3_jax.typing import Int
 
@@ -34,6 +34,26 @@ class Batch(NamedTuple):
     items: list[Item]
     tokens: Tokens
     is_chunk: bool
+
+    @property
+    def drawing(self) -> list[Sequence | None]:
+        """The sequence of each row that draws."""
+        of_items = [item.work.sequence if item.draws else None for item in self.items]
+        return of_items + [None] * (len(self.tokens.counts) - len(of_items))
+
+    @property
+    def positions(self) -> Int[np.ndarray, "B"]:
+        """Where the token behind each row's last one stands in its sequence."""
+        return self.tokens.lengths + self.tokens.counts
+
+    @property
+    def following(self) -> Int[np.ndarray, "T"]:
+        """The token behind each of a chunk's, as far as there are any."""
+        (item,) = self.items
+        following = np.zeros(self.tokens.ids.shape[1], np.int32)
+        known = item.work.sequence.tokens[item.start + 1 : item.start + item.count + 1]
+        following[: len(known)] = known
+        return following
 
 
 def batches_of(plan: StepPlan, shapes: Shapes) -> list[Batch]:
@@ -86,8 +106,3 @@ def empty_batch(num_rows: int, num_tokens: int, table_width: int) -> Tokens:
         np.zeros(num_rows, np.int32),
         np.full((num_rows, table_width), -1, np.int32),
     )
-
-
-def positions_of(batch: Batch) -> Int[np.ndarray, "B"]:
-    """Where the token behind each row's last one stands in its sequence."""
-    return batch.tokens.lengths + batch.tokens.counts

@@ -1,30 +1,26 @@
 """The device's side of an engine: weights, the pool of pages, and the programs of a step."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dsv3_jax.config.check import check
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.serving import ServingConfig
 from dsv3_jax.model.functions import Functions, functions_of
 from dsv3_jax.serving import programs
-from dsv3_jax.serving.batches import Batch, batches_of, empty_batch, positions_of
+from dsv3_jax.serving.batches import Batch, asks_prompt_logprobs, batches_of, empty_batch
+from dsv3_jax.serving.drawn import Outputs, result_of
+from dsv3_jax.serving.edit_slots import EditSlots
 from dsv3_jax.serving.paged_cache import empty_pages
-from dsv3_jax.serving.request_rows import sampling_rows
-from dsv3_jax.serving.sequence import Drawn, Sequence, StepPlan, StepResult
+from dsv3_jax.serving.request_rows import has_edits, sampling_rows
+from dsv3_jax.serving.sampler import TopLogprobs
+from dsv3_jax.serving.sequence import Sequence, StepPlan, StepResult
 from dsv3_jax.serving.shapes import shapes_of
-from dsv3_jax.serving.warm_up import Program, compile_all
+from dsv3_jax.serving.warm_up import Program, compile_all, draw_arguments, small_programs, step_programs
 from dsv3_jax.serving.weights import check_same, weights_of
 from dsv3_jax.typing import Array, DType, Int, Variables
-
-
-class _Launched(NamedTuple):
-    """A batch whose program runs, and what is wanted of it."""
-
-    batch: Batch
-    ids: Int[Array, "B"]
 
 
 class Runner:
@@ -46,6 +42,8 @@ class Runner:
         self._shapes = shapes_of(cfg, serving, on_cpu=jax.default_backend() == "cpu")
         self._weights = weights_of(cfg, variables, functions=self._functions)
         self._pages = _pool(cfg, self._shapes.num_pages, dtype=self._functions.compute_dtype)
+        self._edits = EditSlots(serving.max_num_seqs, cfg.vocab_size)
+        self._width = min(max(serving.max_logprobs, 1), cfg.vocab_size)
 
     @property
     def num_pages(self) -> int:
@@ -64,16 +62,13 @@ class Runner:
 
     def run(self, plan: StepPlan) -> StepResult:
         """Writes the rows of a plan's tokens into the pool, and draws a token behind each work that wants one."""
-        launched = [self._launch(batch) for batch in batches_of(plan, self._shapes)]
-        drawn = [Drawn(())] * len(plan.works)
-        for (batch, _), ids in zip(launched, jax.device_get([each.ids for each in launched]), strict=True):
-            for row, item in enumerate(batch.items):
-                if item.draws:
-                    drawn[item.index] = Drawn((int(ids[row]),))
-        return StepResult(tuple(drawn))
+        batches = batches_of(plan, self._shapes)
+        outputs = [self._launch(batch) for batch in batches]
+        return result_of(plan, batches, jax.device_get(outputs))
 
     def forget(self, sequence: Sequence) -> None:
         """Frees what is stored for a sequence that has ended."""
+        self._edits.forget(sequence)
 
     def update_weights(self, variables: Variables) -> None:
         """Computes with other weights from the next step on; what the pages hold is of the old ones.
@@ -85,58 +80,65 @@ class Runner:
         self._weights = weights_of(self._cfg, variables, functions=self._functions)
 
     def warm_up(self, report: Callable[[int, int], None]) -> None:
-        """Compiles every program and runs each once; calls report(done, total) as they come."""
-        todo = self._programs()
-        compile_all(todo, report)
-        for rows in self._shapes.rows:
-            self._run_empty(programs.run_rows, rows, 1, self._shapes.table_width)
-        for tokens, width in self._shapes.chunks:
-            self._run_empty(programs.run_chunk, 1, tokens, width)
+        """Compiles every program and runs it once; calls report(done, total) as they come."""
+        weights, table = self._weights.variables, self._edits.table
+        settings = {"functions": self._functions, "width": self._width}
+        small = small_programs(self._cfg, weights, table, self._shapes, **settings)
+        compile_all(self._steps() + small, report)
+        width = self._shapes.table_width
+        for tokens in [empty_batch(size, 1, width) for size in self._shapes.rows]:
+            self._exercise(Batch([], tokens, is_chunk=False))
+        for tokens in [empty_batch(1, size, width) for size, width in self._shapes.chunks]:
+            self._exercise(Batch([], tokens, is_chunk=True))
         jax.block_until_ready(self._pages)
 
     def shapes(self) -> list[str]:
-        """What `warm_up` compiles, one line a program."""
-        return [program.name for program in self._programs()]
+        """What steps and sampler are compiled for, one line a program."""
+        return [program.name for program in self._steps()]
 
-    def _programs(self) -> list[Program]:
-        settings = {"functions": self._functions}
-        stored = self._cfg, self._weights.variables, jax.ShapeDtypeStruct(self._pages.shape, self._pages.dtype)
-        width = self._shapes.table_width
-        rows = [
-            Program(
-                f"decode {size} rows, {width} pages each",
-                programs.run_rows,
-                (*stored, empty_batch(size, 1, width)),
-                settings,
-            )
-            for size in self._shapes.rows
-        ]
-        chunks = [
-            Program(
-                f"prefill {tokens} tokens, {pages} pages",
-                programs.run_chunk,
-                (*stored, empty_batch(1, tokens, pages)),
-                settings,
-            )
-            for tokens, pages in self._shapes.chunks
-        ]
-        return rows + chunks
+    def _steps(self) -> list[Program]:
+        arrays = self._weights.variables, self._pages, self._edits.table
+        return step_programs(self._cfg, *arrays, self._shapes, functions=self._functions)
 
-    def _run_empty(self, program: Any, num_rows: int, num_tokens: int, table_width: int) -> None:
-        tokens = empty_batch(num_rows, num_tokens, table_width)
-        self._pages, _ = program(self._cfg, self._weights.variables, self._pages, tokens, functions=self._functions)
+    def _exercise(self, batch: Batch) -> None:
+        """Runs every program of a batch without sequences."""
+        ran = self._step(batch)
+        ids = programs.draw_rows(*draw_arguments(ran.logits, self._edits.table))
+        programs.find_logprobs(ran.logits, ids, width=self._width)
+        self._edits.exercise(ids)
+        if batch.is_chunk:
+            self._find_prompt_logprobs(ran, np.zeros(batch.tokens.ids.shape[1], np.int32))
 
-    def _launch(self, batch: Batch) -> _Launched:
-        """Starts a batch; nothing is waited for."""
+    def _step(self, batch: Batch) -> programs.Ran:
         program = programs.run_chunk if batch.is_chunk else programs.run_rows
-        weights, settings = self._weights.variables, {"functions": self._functions}
-        self._pages, ran = program(self._cfg, weights, self._pages, batch.tokens, **settings)
-        drawing = [item.work.sequence if item.draws else None for item in batch.items]
-        if not any(sequence is not None and sequence.params.temperature > 0 for sequence in drawing):
-            return _Launched(batch, ran.likeliest)
-        drawing += [None] * (len(batch.tokens.counts) - len(drawing))
+        arrays = self._weights.variables, self._pages, batch.tokens
+        self._pages, ran = program(self._cfg, *arrays, functions=self._functions)
+        return ran
+
+    def _launch(self, batch: Batch) -> Outputs:
+        """Starts a batch's programs; nothing is waited for."""
+        ran = self._step(batch)
+        drawing = [sequence for sequence in batch.drawing if sequence is not None]
+        ids, logprobs, prompt_logprobs = ran.likeliest, None, None
+        if any(sequence.params.temperature > 0 or has_edits(sequence) for sequence in drawing):
+            ids = self._draw(batch, ran.logits)
+        if any(sequence.params.logprobs is not None for sequence in drawing):
+            logprobs = programs.find_logprobs(ran.logits, ids, width=self._width)
+        if batch.is_chunk and asks_prompt_logprobs(batch.items[0].work):
+            prompt_logprobs = self._find_prompt_logprobs(ran, batch.following)
+        return Outputs(ids, logprobs, prompt_logprobs)
+
+    def _draw(self, batch: Batch, logits: Array) -> Array:
+        drawing = batch.drawing
+        slots = self._edits.slots_of(drawing)
         sampling = sampling_rows(drawing, vocab_size=self._cfg.vocab_size)
-        return _Launched(batch, programs.draw_rows(ran.logits, positions_of(batch), sampling))
+        ids = programs.draw_rows(logits, batch.positions, sampling, self._edits.table, slots)
+        self._edits.count(drawing, slots, ids)
+        return ids
+
+    def _find_prompt_logprobs(self, ran: programs.Ran, following: Int[np.ndarray, "T"]) -> TopLogprobs:
+        head, settings = self._weights.variables["params"]["unembed"], {"functions": self._functions}
+        return programs.find_prompt_logprobs(head, ran.step.hidden, following, width=self._width, **settings)
 
 
 def _pool(cfg: ModelConfig, num_pages: int, *, dtype: DType) -> Array:

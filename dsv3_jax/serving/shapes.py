@@ -28,6 +28,11 @@ class Shapes:
     longest_tail: int
     """A chunk of so many tokens goes through the decoding program."""
 
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Rows that the sampler draws for: those of the decoding program, and the one of a chunk."""
+        return tuple(sorted({1, *self.rows}))
+
     def rows_for(self, count: int) -> int:
         """The fewest rows that hold `count` of them."""
         return next(size for size in self.rows if size >= count)

@@ -2,15 +2,27 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.config.check import ConfigError
 from dsv3_jax.config.serving import PAGE_SIZE, ServingConfig
+from dsv3_jax.serving import edits, programs
+from dsv3_jax.serving import runner as runner_module
+from dsv3_jax.serving.batches import empty_batch
+from dsv3_jax.serving.generate import generate
 from dsv3_jax.serving.params import SamplingParams
 from dsv3_jax.serving.runner import Runner
-from dsv3_jax.serving.sequence import Sequence, StepPlan, Work
+from dsv3_jax.serving.sequence import Drawn, Sequence, StepPlan, Work
 
-ROOM = ServingConfig(max_num_seqs=4, num_pages=11, max_num_batched_tokens=40)
+ROOM = ServingConfig(max_num_seqs=4, num_pages=11, max_num_batched_tokens=40, max_logprobs=3)
+
+PROGRAMS = (
+    *(programs.run_rows, programs.run_chunk, programs.draw_rows, programs.find_logprobs),
+    *(programs.find_prompt_logprobs, programs.prepare, edits.set_row, edits.count),
+)
 
 
 class Host:
@@ -19,12 +31,13 @@ class Host:
     def __init__(self, runner: Runner):
         self.runner, self._free = runner, list(np.random.default_rng(0).permutation(runner.num_pages))
 
-    def add(self, prompt: Any, seed: int = 0, **params: Any) -> Sequence:
+    def add(self, prompt: Any, seed: int = 0, stop_ids: tuple = (), **params: Any) -> Sequence:
         prompt = tuple(int(token) for token in prompt)
-        return Sequence(len(prompt), prompt, SamplingParams(**params), seed, 100, frozenset())
+        params = SamplingParams(**{"max_tokens": 100, **params})
+        return Sequence(id(prompt), prompt, params, seed, 100, frozenset(stop_ids))
 
-    def step(self, *counts: tuple[Sequence, int]) -> list:
-        """Computes so many tokens of each sequence: one as a decode where it is the last."""
+    def step(self, *counts: tuple[Sequence, int]) -> list[Drawn]:
+        """Computes so many tokens of each sequence, a single one behind a prompt as a decoding row."""
         works = []
         for sequence, count in counts:
             start = sequence.num_computed
@@ -32,23 +45,31 @@ class Host:
                 sequence.pages.append(int(self._free.pop()))
             works.append(Work(sequence, start, count))
         is_decode = [work.count == 1 and work.start >= len(work.sequence.prompt) for work in works]
-        decodes = tuple(work for work, one in zip(works, is_decode) if one)
-        chunks = tuple(work for work, one in zip(works, is_decode) if not one)
-        plan = StepPlan(decodes, chunks)
+        plan = StepPlan(
+            tuple(work for work, one in zip(works, is_decode) if one),
+            tuple(work for work, one in zip(works, is_decode) if not one),
+        )
         result = self.runner.run(plan)
         for work, drawn in zip(plan.works, result.drawn):
             work.sequence.num_computed += work.count
             work.sequence.tokens += drawn.tokens
         return list(result.drawn)
 
-    def decode(self, *sequences: Sequence, steps: int = 1) -> None:
-        for _ in range(steps):
+    def complete(self, *sequences: Sequence, steps: int) -> list[list[int]]:
+        """Reads the prompts, then decodes; the tokens of each sequence."""
+        self.step(*((sequence, len(sequence.prompt)) for sequence in sequences))
+        for _ in range(steps - 1):
             self.step(*((sequence, 1) for sequence in sequences))
+        return [generated(sequence) for sequence in sequences]
 
 
-def prompts_of(vocab_size: int, *lengths: int, seed: int = 3) -> list[np.ndarray]:
+def generated(sequence: Sequence) -> list[int]:
+    return sequence.tokens[len(sequence.prompt) :]
+
+
+def prompts_of(vocab_size: int, *lengths: int, seed: int = 3) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab_size, length) for length in lengths]
+    return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +82,145 @@ def test_tokens_are_those_of_the_uncached_forward(runner: Runner, base, slowly) 
     """Chunks, tails of a few tokens and decoding rows, alone and in one step."""
     cfg, variables = base
     prompts = prompts_of(cfg.vocab_size, 36, 5, 30)
-    expected, _ = slowly(cfg, variables, prompts, 6)
+    expected, _ = slowly(cfg, variables, prompts, 8)
     host = Host(runner)
     long, short, middle = (host.add(prompt) for prompt in prompts)
     host.step((long, 20), (short, 5))
     host.step((short, 1), (long, 16))
-    host.step((short, 1), (long, 1), (middle, 30))
-    host.decode(short, long, middle, steps=3)
-    host.decode(long)
-    host.decode(middle, long, steps=2)
-    for sequence, row in zip((long, short, middle), expected):
-        generated = sequence.tokens[len(sequence.prompt) :]
-        np.testing.assert_array_equal(generated[:6], row[: len(generated)][:6])
-        assert len(generated) >= 5
+    host.step((short, 1), (long, 1), (middle, 22))
+    host.step((short, 1), (long, 1), (middle, 8))
+    for _ in range(3):
+        host.step((short, 1), (long, 1), (middle, 1))
+    host.step((long, 1))
+    host.step((middle, 1), (long, 1))
+    for sequence, row, count in zip((long, short, middle), expected, (8, 7, 5)):
+        np.testing.assert_array_equal(generated(sequence), row[:count])
+
+
+def test_a_request_draws_the_tokens_of_generate(runner: Runner, base) -> None:
+    """Each with its own seed and cuts, beside a greedy one, decoding or reading."""
+    cfg, variables = base
+    prompts = prompts_of(cfg.vocab_size, 9, 20, 3)
+    how = {"temperature": [0.8, 0.0, 1.5], "top_k": [0, 5, 7], "top_p": [0.9, 1.0, 1.0], "seed": [5, 6, 2**32 - 1]}
+    expected = generate(cfg, variables, prompts, 6, **how)
+    host = Host(runner)
+    each = [{name: values[i] for name, values in how.items()} for i in range(3)]
+    sequences = [host.add(prompt, **params) for prompt, params in zip(prompts, each)]
+    np.testing.assert_array_equal(host.complete(*sequences, steps=6), expected)
+
+
+def test_edits_follow_their_sequences_through_few_slots(runner: Runner, base) -> None:
+    """Six sequences that edit take turns in four slots: each completes as it does alone."""
+    cfg, _ = base
+    prompts = prompts_of(cfg.vocab_size, 4, 7, 5, 3, 6, 4)
+    params = [
+        {"repetition_penalty": 3.0},
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 2.0, "temperature": 0.7},
+        {"logit_bias": {11: 100.0}},
+        {"min_tokens": 3, "stop_ids": range(60)},
+        {"repetition_penalty": 0.5},
+    ]
+    alone = []
+    for prompt, one in zip(prompts, params):
+        host = Host(runner)
+        sequence = host.add(prompt, **one)
+        alone += host.complete(sequence, steps=4)
+        runner.forget(sequence)
+    assert alone[3] == [11] * 4
+    assert min(alone[4][:3]) >= 60
+    host = Host(runner)
+    sequences = [host.add(prompt, **one) for prompt, one in zip(prompts, params)]
+    groups = (0, 1, 2, 3), (4, 5, 0, 1), (2, 3, 4, 5)
+    reading = {i: len(prompt) for i, prompt in enumerate(prompts)}
+    for _ in range(2):
+        for group in groups:
+            host.step(*((sequences[i], reading.pop(i, 1)) for i in group))
+    assert [generated(sequence) for sequence in sequences] == alone
+    for sequence in sequences:
+        runner.forget(sequence)
+
+
+def test_logprobs_come_only_where_they_are_asked_for(runner: Runner, base, slowly, uncached_logits) -> None:
+    """Of drawn tokens and of the prompt's, in chunks, by softmax of the uncached logits."""
+    cfg, variables = base
+    prompts = prompts_of(cfg.vocab_size, 25, 6)
+    host = Host(runner)
+    asking, other = host.add(prompts[0], logprobs=2, prompt_logprobs=1, temperature=0.5), host.add(prompts[1])
+    (first,) = host.step((asking, 5))
+    second, none = host.step((asking, 20), (other, 6))
+    row, _ = host.step((asking, 1), (other, 1))
+    expected = jax.nn.log_softmax(uncached_logits(cfg, variables, [asking.tokens])[0])
+    assert none.logprobs is none.prompt_logprobs is row.prompt_logprobs is first.logprobs is None
+    told = [*first.prompt_logprobs, *second.prompt_logprobs, *second.logprobs, *row.logprobs]
+    assert len(told) == len(asking.tokens) - 1
+    for place, found in enumerate(told):
+        at, token = np.asarray(expected[place]), asking.tokens[place + 1]
+        np.testing.assert_allclose(found.logprob, at[token], atol=1e-4)
+        assert found.rank == (at >= at[token]).sum()
+        assert [token for token, _ in found.top] == list(np.argsort(-at)[: len(found.top)])
+        np.testing.assert_allclose([value for _, value in found.top], np.sort(at)[::-1][: len(found.top)], atol=1e-4)
+    assert [len(found.top) for found in told] == [1] * 24 + [2, 2]
+
+
+def test_steps_hold_no_copy_of_the_pool(base) -> None:
+    cfg, variables = base
+    runner = Runner(cfg, variables, ServingConfig(max_num_seqs=2, num_pages=2000, max_num_batched_tokens=16))
+    arrays = runner._weights.variables, runner._pages
+    size = runner._pages.nbytes
+    for step, tokens in ((programs.run_rows, empty_batch(2, 1, 1)), (programs.run_chunk, empty_batch(1, 16, 1))):
+        compiled = step.lower(cfg, *arrays, tokens, functions=runner._functions).compile()
+        memory = compiled.memory_analysis()
+        assert memory.temp_size_in_bytes < size / 10
+        assert memory.alias_size_in_bytes >= size
+
+
+def test_a_second_runner_compiles_nothing(base) -> None:
+    """Nor does a step behind the warm-up, of whatever kind."""
+    cfg, variables = base
+    reports = []
+    runner = Runner(cfg, variables, ROOM)
+    runner.warm_up(lambda done, total: reports.append((done, total)))
+    assert reports == [(i + 1, len(reports)) for i in range(len(reports))]
+    assert len(runner.shapes()) <= 16
+    before = [program._cache_size() for program in PROGRAMS]
+    host = Host(Runner(cfg, variables, ROOM))
+    asking = {"temperature": 0.5, "presence_penalty": 1.0, "logprobs": 1, "prompt_logprobs": 0}
+    host.complete(*(host.add(prompt, **asking) for prompt in prompts_of(cfg.vocab_size, 9, 20, 3)), steps=2)
+    host.complete(host.add([5, 6]), steps=2)
+    assert [program._cache_size() for program in PROGRAMS] == before
+
+
+def test_other_weights_take_effect_or_nothing_changes(base, variables_of) -> None:
+    cfg, variables = base
+    runner = Runner(cfg, variables, ROOM)
+    before, prompt = runner.fingerprint, prompts_of(cfg.vocab_size, 6)
+    tokens = Host(runner).complete(Host(runner).add(prompt[0]), steps=4)
+    for wrong, told in (
+        (variables_of(cfg, 0, jnp.bfloat16), "bfloat16"),
+        ({**variables, "params": {**variables["params"], "embed": {}}}, "lack params/embed/w"),
+        ({**variables, "more": np.zeros(1)}, "'more'"),
+        (jax.tree.map(lambda leaf: leaf[..., None], variables), "1]"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            runner.update_weights(wrong)
+    assert runner.fingerprint == before
+    runner.update_weights(variables_of(cfg, 1))
+    assert runner.fingerprint != before
+    expected = generate(cfg, variables_of(cfg, 1), prompt, 4)
+    np.testing.assert_array_equal(Host(runner).complete(Host(runner).add(prompt[0]), steps=4), expected)
+    runner.update_weights(variables)
+    assert runner.fingerprint == before
+    assert Host(runner).complete(Host(runner).add(prompt[0]), steps=4) == tokens
+
+
+def test_a_pool_that_does_not_fit_is_refused(base, monkeypatch) -> None:
+    cfg, variables = base
+
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 2**20, "bytes_in_use": 2**19}
+
+    monkeypatch.setattr(runner_module.jax, "devices", lambda: [Device()])
+    with pytest.raises(ConfigError, match=r"num_pages=9999 needs .* at most 42 pages fit"):
+        Runner(cfg, variables, ServingConfig(num_pages=9999))
