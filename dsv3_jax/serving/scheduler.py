@@ -5,6 +5,7 @@ import dataclasses
 from collections import deque
 
 from dsv3_jax.config.serving import PAGE_SIZE
+from dsv3_jax.serving.accept import accept, without_known
 from dsv3_jax.serving.errors import RequestError
 from dsv3_jax.serving.pages import KeyChain, PagePool
 from dsv3_jax.serving.sequence import Drawn, Progress, Sequence, Status, StepPlan, StepResult, Work
@@ -26,9 +27,9 @@ class Scheduler:
 
     Sequences rank by priority, then by arrival. A step gives every decoding sequence a token, and what is left of
     `max_num_batched_tokens` to chunks of prompts in the order of rank. The first waiting sequence starts when a slot
-    and pages for all its tokens are there; nobody passes it. Where a running one needs a page and none is left, the
-    last in rank is preempted: it waits again, and is computed again behind what the cache still has of it. So are
-    running ones of a lower priority than the first waiting one, where that makes room for it.
+    and pages for all its tokens are there, and some to spare; nobody passes it. Where a running one needs a page and
+    none is left, the last in rank is preempted: it waits, and is computed again behind what the cache still has of it.
+    So are running ones of a lower priority than the first waiting one, where that makes room for it.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class Scheduler:
                 "running sequence needs one token a step; raise it."
             )
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self._smallest_rest = min(PAGE_SIZE, max_num_batched_tokens // 2)
+        """Of a step's tokens, that begins a prompt it cannot finish: a chunk costs a program, however small it is."""
         self._fingerprint, self._prefix_cache = fingerprint, prefix_cache
         self._pool = PagePool(num_pages)
         self._notes: dict[int, _Notes] = {}
@@ -82,6 +85,11 @@ class Scheduler:
     def usage(self) -> float:
         """Share of the pages that running sequences refer to."""
         return 1 - self._pool.num_available / self._pool.num_pages
+
+    @property
+    def _num_spare(self) -> int:
+        """Pages left for those who run when another starts, so that they seldom preempt it in its first steps."""
+        return len(self._running) // 2
 
     def add(self, sequence: Sequence) -> None:
         """Takes a sequence into the queue. Raises `RequestError` for one that could never end."""
@@ -135,7 +143,10 @@ class Scheduler:
                 if not prompts:
                     break
                 sequence = prompts.popleft()
-            count = min(budget, len(sequence.tokens) - sequence.num_computed)
+            num_left = len(sequence.tokens) - sequence.num_computed
+            if chunks and num_left > budget < self._smallest_rest:
+                break
+            count = min(budget, num_left)
             chunks.append(Work(sequence, sequence.num_computed, count))
             budget -= count
         return StepPlan(tuple(decodes), tuple(chunks))
@@ -153,7 +164,9 @@ class Scheduler:
             if work.draws and not drawn.tokens:
                 raise RuntimeError(f"the step drew no token for sequence {sequence.id}, which computed its last one.")
             self._compute(work)
-            news = self._accept(work, drawn)
+            notes = self._notes[sequence.id]
+            news = accept(sequence, without_known(drawn, start=work.start, num_known=notes.num_prompt_logprobs))
+            notes.num_prompt_logprobs += len(news.drawn.prompt_logprobs or ())
             if news.finish_reason is not None:
                 self._end(sequence, news.finish_reason)
             if news.finish_reason is not None or news.drawn.tokens or news.drawn.prompt_logprobs:
@@ -212,7 +225,8 @@ class Scheduler:
         if self._pool.num_available + sum(len(one.pages) for one in lower) < num_pages:
             return
         for _ in lower:
-            if len(self._running) < self._max_num_seqs and self._pool.num_available >= num_pages:
+            has_slot = len(self._running) < self._max_num_seqs
+            if has_slot and self._pool.num_available >= num_pages + self._num_spare:
                 return
             self._preempt_last()
 
@@ -241,7 +255,7 @@ class Scheduler:
             if owner is not None and _rank(owner) < _rank(sequence):
                 return None
         num_new = -(-length // PAGE_SIZE) - len(found)
-        if not self._pool.has_room(found, num_new):
+        if not self._pool.has_room(found, num_new + self._num_spare):
             return None
         for key in keys[len(found) :]:
             self._computing.setdefault(key, sequence)
@@ -281,30 +295,6 @@ class Scheduler:
             self._pool.publish(page, key)
             if self._computing.get(key) is sequence:
                 del self._computing[key]
-
-    def _accept(self, work: Work, drawn: Drawn) -> Progress:
-        """Puts tokens behind the sequence until one ends it; leaves out prompt log-probabilities given before."""
-        sequence, reason, count = work.sequence, None, 0
-        if not sequence.max_tokens and sequence.num_computed >= len(sequence.prompt):
-            reason = "length"
-        for token in drawn.tokens:
-            if reason is not None:
-                break
-            may_stop = sequence.num_generated >= sequence.params.min_tokens
-            sequence.tokens.append(token)
-            count += 1
-            if may_stop and token in sequence.stop_ids:
-                reason = "stop"
-            elif sequence.num_generated >= sequence.max_tokens:
-                reason = "length"
-        logprobs, prompt_logprobs = drawn.logprobs, drawn.prompt_logprobs
-        if logprobs is not None:
-            logprobs = logprobs[:count]
-        if prompt_logprobs is not None:
-            notes = self._notes[sequence.id]
-            prompt_logprobs = prompt_logprobs[max(notes.num_prompt_logprobs - work.start, 0) :]
-            notes.num_prompt_logprobs += len(prompt_logprobs)
-        return Progress(sequence, Drawn(drawn.tokens[:count], logprobs, prompt_logprobs), reason)
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         if sequence.status is Status.RUNNING:

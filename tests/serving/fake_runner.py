@@ -58,6 +58,16 @@ class FakeRunner:
         self.pages = [[0] * PAGE_SIZE for _ in range(num_pages)]
         self.num_computed = 0
         """Tokens, of all sequences."""
+        self._rows: dict[tuple[int, int], list[int]] = {}
+
+    def rows(self, sequence: Completion, count: int) -> list[int]:
+        """Of its first `count` tokens with the present weights."""
+        rows = self._rows.setdefault((self.version, sequence.id), [])
+        if not rows:
+            rows += rows_of(sequence.tokens[:count], salt=sequence.cache_salt, version=self.version)
+        for token in sequence.tokens[len(rows) : count]:
+            rows.append(hash((rows[-1], token)))
+        return rows[:count]
 
     def run(self, plan: StepPlan, num_tokens: Callable[[], int] = lambda: 1) -> StepResult:
         """Draws `num_tokens()` tokens wherever one is due, as a step that speculates might."""
@@ -69,7 +79,7 @@ class FakeRunner:
     def _work(self, work: Work, num_tokens: Callable[[], int]) -> Drawn:
         sequence, start, end = work.sequence, work.start, work.start + work.count
         assert start < end <= len(sequence.tokens)
-        rows = rows_of(sequence.tokens[:end], salt=sequence.cache_salt, version=self.version)
+        rows = self.rows(sequence, end)
         for first in range(0, end, PAGE_SIZE):
             page = self.pages[sequence.pages[first // PAGE_SIZE]]
             num_old = min(max(start - first, 0), PAGE_SIZE)

@@ -62,12 +62,18 @@ def test_sequences_of_all_lengths_get_the_tokens_they_get_alone(budget, num_toke
 
 
 def test_decoding_sequences_come_first_and_chunks_share_the_rest():
-    engine = Engine(max_num_batched_tokens=32)
-    engine.add(completion(0, prompt(3), max_tokens=50, min_tokens=50), completion(1, prompt(100), max_tokens=50))
-    assert engine.step() == {0: 3, 1: 29}
+    engine = Engine(max_num_batched_tokens=100)
+    engine.add(completion(0, prompt(3), max_tokens=50, min_tokens=50), completion(1, prompt(200), max_tokens=50))
+    assert engine.step() == {0: 3, 1: 97}
     plan = engine.scheduler.schedule()
     assert [work.sequence.id for work in plan.decodes] == [0]
-    assert [(work.sequence.id, work.start, work.count) for work in plan.chunks] == [(1, 29, 31)]
+    assert [(work.sequence.id, work.start, work.count) for work in plan.chunks] == [(1, 97, 99)]
+
+
+def test_a_small_rest_of_a_step_begins_no_prompt_that_it_cannot_finish():
+    engine = Engine(max_num_batched_tokens=100)
+    engine.add(*(completion(i, prompt(45, seed=i), max_tokens=1) for i in range(4)))
+    assert [engine.step() for _ in range(2)] == [{0: 45, 1: 45}, {2: 45, 3: 45}]
 
 
 def test_a_prompt_waits_for_a_slot_and_nobody_passes_it():
@@ -90,7 +96,7 @@ def test_a_prompt_of_higher_priority_comes_before_running_prompts():
 
 
 def test_the_youngest_of_the_lowest_priority_is_preempted():
-    engine = Engine(num_pages=4, max_num_seqs=4)
+    engine = Engine(num_pages=5, max_num_seqs=4)
     sequences = [
         completion(i, prompt(length, seed=i), priority=priority, max_tokens=60, min_tokens=60)
         for i, (length, priority) in enumerate([(58, 1), (62, 0), (59, 1), (60, 0)])
