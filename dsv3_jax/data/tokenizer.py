@@ -26,6 +26,11 @@ _RELEASED_PAD = "<｜▁pad▁｜>"
 
 _LINE_BREAKS = ("\u010a", "\u010d")  # line feed and carriage return in the byte alphabet
 
+_SPELT_AS_THEMSELVES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = [byte for byte in range(256) if byte not in _SPELT_AS_THEMSELVES]
+_BYTE_OF = {chr(byte): byte for byte in _SPELT_AS_THEMSELVES} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+"""The byte alphabet: which byte a character of a token spells."""
+
 _LONGEST_WORD = 256
 """Characters after which a word is cut while merges are learnt: learning takes quadratic time in its length."""
 
@@ -124,6 +129,17 @@ class TextTokenizer:
             sizes[i] = 0 if token.special else len(token.content.encode())
         sizes[list(self._roles)] = 0
         return sizes
+
+    def token_bytes(self, i: int) -> bytes | None:
+        """The UTF-8 bytes that an id stands for, be they whole characters or not; None for an id without a token."""
+        if i in self._added:
+            return self._added[i].encode()
+        token = self._inner.id_to_token(i)
+        return None if token is None else bytes(_BYTE_OF[character] for character in token)
+
+    @functools.cached_property
+    def _added(self) -> dict[int, str]:
+        return {i: token.content for i, token in self._inner.get_added_tokens_decoder().items()}
 
     @functools.cached_property
     def _roles(self) -> set[int]:
