@@ -2,13 +2,16 @@
 
 import bisect
 import dataclasses
+import operator
 from collections import deque
 
 from dsv3_jax.config.serving import PAGE_SIZE
 from dsv3_jax.serving.accept import accept, without_known
 from dsv3_jax.serving.errors import RequestError
-from dsv3_jax.serving.pages import KeyChain, PagePool
+from dsv3_jax.serving.page_tables import PageTables, pages_for
 from dsv3_jax.serving.sequence import Drawn, Progress, Sequence, Status, StepPlan, StepResult, Work
+
+_rank = operator.attrgetter("rank")
 
 
 @dataclasses.dataclass(slots=True)
@@ -16,7 +19,6 @@ class _Notes:
     """What the scheduler remembers of a sequence besides its own fields."""
 
     sequence: Sequence
-    chain: KeyChain
     has_run: bool = False
     num_prompt_logprobs: int = 0
     """Handed out so far."""
@@ -49,15 +51,13 @@ class Scheduler:
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._smallest_rest = min(PAGE_SIZE, max_num_batched_tokens // 2)
         """Of a step's tokens, that begins a prompt it cannot finish: a chunk costs a program, however small it is."""
-        self._fingerprint, self._prefix_cache = fingerprint, prefix_cache
-        self._pool = PagePool(num_pages)
+        self._prefix_cache = prefix_cache
+        self._tables = PageTables(num_pages, fingerprint=fingerprint, is_shared=prefix_cache)
         self._notes: dict[int, _Notes] = {}
         """By the ids of sequences that have not ended."""
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         """Both in the order of rank."""
-        self._computing: dict[bytes, Sequence] = {}
-        """Who will publish the page of a key."""
         self._num_added = 0
         self.num_waiting_tokens = 0
         self.prefix_queries = 0
@@ -84,7 +84,7 @@ class Scheduler:
     @property
     def usage(self) -> float:
         """Share of the pages that running sequences refer to."""
-        return 1 - self._pool.num_available / self._pool.num_pages
+        return self._tables.usage
 
     @property
     def _num_spare(self) -> int:
@@ -93,8 +93,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Takes a sequence into the queue. Raises `RequestError` for one that could never end."""
-        room = self._pool.num_pages * PAGE_SIZE
-        length = len(sequence.prompt)
+        room, length = self._tables.num_tokens, len(sequence.prompt)
         if not length:
             raise RequestError("the prompt is empty; give at least one token.", param="prompt")
         if length + sequence.max_tokens > room:
@@ -107,7 +106,7 @@ class Scheduler:
             raise ValueError(f"a sequence with id={sequence.id} is already here; give each its own.")
         sequence.order = self._num_added
         self._num_added += 1
-        self._notes[sequence.id] = _Notes(sequence, KeyChain(self._fingerprint, sequence.cache_salt))
+        self._notes[sequence.id] = _Notes(sequence)
         self._wait(sequence)
 
     def abort(self, sequence_id: int) -> Progress | None:
@@ -124,19 +123,18 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step; empty where nobody waits or runs."""
-        may_start = not self._make_room()
-        if may_start:
-            self._make_way()
+        self._make_room()
+        self._make_way()
         decodes, prompts = [], deque()
         for sequence in self._running:
             if sequence.num_computed >= len(sequence.prompt) and sequence.num_computed + 1 == len(sequence.tokens):
                 decodes.append(Work(sequence, sequence.num_computed, 1))
             else:
                 prompts.append(sequence)
-        chunks, budget = [], self._max_num_batched_tokens - len(decodes)
+        chunks, may_start, budget = [], True, self._max_num_batched_tokens - len(decodes)
         while budget > 0:
             sequence = None
-            if may_start and self._waiting and (not prompts or _rank(self._waiting[0]) < _rank(prompts[0])):
+            if may_start and self._waiting and (not prompts or self._waiting[0].rank < prompts[0].rank):
                 sequence = self._start_first()
                 may_start = sequence is not None
             if sequence is None:
@@ -163,7 +161,7 @@ class Scheduler:
                 continue
             if work.draws and not drawn.tokens:
                 raise RuntimeError(f"the step drew no token for sequence {sequence.id}, which computed its last one.")
-            self._compute(work)
+            self._tables.count(work)
             notes = self._notes[sequence.id]
             news = accept(sequence, without_known(drawn, start=work.start, num_known=notes.num_prompt_logprobs))
             notes.num_prompt_logprobs += len(news.drawn.prompt_logprobs or ())
@@ -175,19 +173,13 @@ class Scheduler:
 
     def forget_pages(self, fingerprint: bytes) -> None:
         """Weights changed: no page of the old ones is found again, and running sequences are computed again."""
-        self._fingerprint = fingerprint
-        self._pool.forget()
-        self._computing.clear()
-        for notes in self._notes.values():
-            notes.chain = KeyChain(fingerprint, notes.sequence.cache_salt)
+        self._tables.forget(fingerprint)
         while self._running:
-            sequence = self._running.pop()
-            self._release(sequence)
-            self._wait(sequence)
+            self._pause_last()
 
     def check(self) -> None:
         """Raises unless free + cached + referenced pages == total, and every sequence is in the one place it should."""
-        self._pool.check(page for sequence in self._running for page in sequence.pages)
+        self._tables.check(self._running)
         for sequences, status in ((self._waiting, Status.WAITING), (self._running, Status.RUNNING)):
             if sequences != sorted(sequences, key=_rank) or any(one.status is not status for one in sequences):
                 raise RuntimeError(f"{status.value} sequences are out of order: {[one.id for one in sequences]}.")
@@ -195,74 +187,57 @@ class Scheduler:
             raise RuntimeError(f"of sequences {sorted(self._notes)} some neither wait nor run.")
         if any(one.pages or one.num_computed for one in self._waiting):
             raise RuntimeError("a waiting sequence holds pages.")
-        if any(one.num_computed > len(one.pages) * PAGE_SIZE for one in self._running):
-            raise RuntimeError("a running sequence has more tokens computed than its pages hold.")
-        if any(owner.status is not Status.RUNNING for owner in self._computing.values()):
-            raise RuntimeError("a page is awaited from a sequence that does not run.")
         if self.num_waiting_tokens != sum(len(one.tokens) for one in self._waiting):
             raise RuntimeError(f"num_waiting_tokens={self.num_waiting_tokens} is not what the waiting sequences have.")
 
-    def _make_room(self) -> bool:
-        """Gives running sequences the pages that new tokens need. True where somebody was preempted for it."""
-        before, index = self.preemptions, 0
+    def _make_room(self) -> None:
+        """Gives running sequences the pages that new tokens need; preempts the last ones where there are too few."""
+        index = 0
         while index < len(self._running):
             sequence = self._running[index]
             if len(sequence.tokens) <= len(sequence.pages) * PAGE_SIZE:
                 index += 1
-            elif self._pool.num_available:
-                self._pool.extend(sequence.pages, 1)
+            elif self._tables.num_available:
+                self._tables.extend(sequence)
             else:
                 self._preempt_last()
-        return self.preemptions > before
 
     def _make_way(self) -> None:
         """Preempts running sequences of a lower priority than the first waiting one, where that lets it start."""
         if not self._waiting or not self._running or self._running[-1].priority <= self._waiting[0].priority:
             return
-        first = self._waiting[0]
-        lower = [one for one in self._running if one.priority > first.priority]
-        num_pages = -(-len(first.tokens) // PAGE_SIZE)
-        if self._pool.num_available + sum(len(one.pages) for one in lower) < num_pages:
+        priority, num_pages = self._waiting[0].priority, pages_for(len(self._waiting[0].tokens))
+        lower = [one for one in self._running if one.priority > priority]
+        staying = {page for one in self._running if one.priority <= priority for page in one.pages}
+        freed = {page for one in lower for page in one.pages} - staying
+        if self._tables.num_available + len(freed) < num_pages + (len(self._running) - len(lower)) // 2:
             return
         for _ in lower:
             has_slot = len(self._running) < self._max_num_seqs
-            if has_slot and self._pool.num_available >= num_pages + self._num_spare:
+            if has_slot and self._tables.num_available >= num_pages + self._num_spare:
                 return
             self._preempt_last()
 
     def _preempt_last(self) -> None:
-        last = self._running.pop()
-        self._release(last)
-        last.num_preemptions += 1
+        self._running[-1].num_preemptions += 1
         self.preemptions += 1
-        self._wait(last)
+        self._pause_last()
+
+    def _pause_last(self) -> None:
+        """Lets the last running sequence wait, without its pages."""
+        sequence = self._running.pop()
+        self._tables.close(sequence)
+        self._wait(sequence)
 
     def _start_first(self) -> Sequence | None:
-        """Lets the first waiting sequence run behind what the cache has of it, where there is room.
-
-        It waits for one ahead of it in rank that is about to compute the same page, to share that.
-        """
+        """Lets the first waiting sequence run behind what the cache has of it, where there is room."""
         sequence = self._waiting[0]
+        notes, params = self._notes[sequence.id], sequence.params
+        is_whole = params.prompt_logprobs is not None and notes.num_prompt_logprobs < len(sequence.prompt) - 1
         if len(self._running) >= self._max_num_seqs:
             return None
-        notes, length = self._notes[sequence.id], len(sequence.tokens)
-        keys = notes.chain.first(length // PAGE_SIZE, sequence.tokens) if self._prefix_cache else []
-        is_whole = sequence.params.prompt_logprobs is not None and notes.num_prompt_logprobs < len(sequence.prompt) - 1
-        wanted = keys[: 0 if is_whole else (length - 1) // PAGE_SIZE]  # its last token is always computed
-        found = self._pool.find(wanted)
-        if len(found) < len(wanted):
-            owner = self._computing.get(wanted[len(found)])
-            if owner is not None and _rank(owner) < _rank(sequence):
-                return None
-        num_new = -(-length // PAGE_SIZE) - len(found)
-        if not self._pool.has_room(found, num_new + self._num_spare):
+        if not self._tables.open(sequence, num_spare=self._num_spare, may_find=not is_whole):
             return None
-        for key in keys[len(found) :]:
-            self._computing.setdefault(key, sequence)
-        sequence.num_computed = len(found) * PAGE_SIZE
-        self._pool.share(found)
-        self._pool.extend(found, num_new)
-        sequence.pages = found
         self._run(notes, is_looked_up=self._prefix_cache and not is_whole)
         return sequence
 
@@ -283,39 +258,13 @@ class Scheduler:
         self.num_waiting_tokens += len(sequence.tokens)
         bisect.insort(self._waiting, sequence, key=_rank)
 
-    def _compute(self, work: Work) -> None:
-        """Counts the step's tokens as computed, and publishes the pages that they filled."""
-        sequence = work.sequence
-        sequence.num_computed += work.count
-        before, after = work.start // PAGE_SIZE, sequence.num_computed // PAGE_SIZE
-        if before == after or not self._prefix_cache:
-            return
-        keys = self._notes[sequence.id].chain.first(after, sequence.tokens)
-        for page, key in zip(sequence.pages[before:after], keys[before:], strict=True):
-            self._pool.publish(page, key)
-            if self._computing.get(key) is sequence:
-                del self._computing[key]
-
     def _end(self, sequence: Sequence, reason: str) -> None:
         if sequence.status is Status.RUNNING:
             self._running.remove(sequence)
-            self._release(sequence)
+            self._tables.close(sequence)
         else:
             self._waiting.remove(sequence)
             self.num_waiting_tokens -= len(sequence.tokens)
+        self._tables.end(sequence)
         del self._notes[sequence.id]
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
-
-    def _release(self, sequence: Sequence) -> None:
-        """Gives its pages back; nobody awaits any of them from it."""
-        self._pool.release(sequence.pages)
-        sequence.pages, sequence.num_computed = [], 0
-        num_keys = len(sequence.tokens) // PAGE_SIZE if self._computing else 0
-        for key in self._notes[sequence.id].chain.first(num_keys, sequence.tokens):
-            if self._computing.get(key) is sequence:
-                del self._computing[key]
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    """The lower, the earlier."""
-    return sequence.priority, sequence.order

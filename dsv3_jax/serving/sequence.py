@@ -56,6 +56,11 @@ class Sequence:
         """Tokens behind the prompt."""
         return len(self.tokens) - len(self.prompt)
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The lower, the earlier."""
+        return self.priority, self.order
+
 
 class Work(NamedTuple):
     """What a step does for one sequence: computes `count` tokens behind `start` of them."""

@@ -95,6 +95,45 @@ def test_a_prompt_of_higher_priority_comes_before_running_prompts():
     assert [engine.step() for _ in range(2)] == [{2: 16}, {2: 4, 0: 12}]
 
 
+def test_who_waits_with_a_higher_priority_takes_the_place_of_the_youngest_of_the_lowest():
+    engine = Engine(max_num_seqs=2)
+    low = [completion(i, prompt(20, seed=i), max_tokens=20, min_tokens=20, priority=1) for i in range(2)]
+    engine.add(*low)
+    engine.step()
+    engine.add(high := completion(2, prompt(20, seed=2), max_tokens=5, min_tokens=5))
+    assert set(engine.step()) == {0, 2}
+    engine.finish()
+    assert_right(*low, high)
+    assert [one.num_preemptions for one in (*low, high)] == [0, 1, 0]
+
+
+def test_nobody_is_preempted_for_one_that_would_not_fit_even_so():
+    engine = Engine(num_pages=4)
+    engine.add(completion(0, prompt(130), max_tokens=40, min_tokens=40))
+    engine.step()
+    engine.add(completion(1, prompt(5, seed=1), max_tokens=40, min_tokens=40, priority=1))
+    engine.step()
+    engine.add(completion(2, prompt(100, seed=2)))
+    assert set(engine.step()) == {0, 1}
+
+
+def test_a_higher_priority_does_not_wait_for_what_a_lower_one_computes():
+    engine = Engine(max_num_batched_tokens=16)
+    engine.add(completion(0, prompt(200), priority=1))
+    engine.step()
+    engine.add(completion(1, prompt(200)))
+    assert engine.step() == {1: 16}
+
+
+def test_tokens_that_come_together_are_computed_in_one_chunk():
+    engine = Engine()
+    engine.add(completion(0, prompt(10), max_tokens=9, min_tokens=9))
+    engine.step(num_tokens=3)
+    plan = engine.scheduler.schedule()
+    assert [(work.start, work.count) for work in plan.chunks] == [(10, 3)]
+    assert not plan.decodes
+
+
 def test_the_youngest_of_the_lowest_priority_is_preempted():
     engine = Engine(num_pages=5, max_num_seqs=4)
     sequences = [
@@ -166,16 +205,17 @@ def test_who_waits_for_a_page_of_an_aborted_sequence_computes_it():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"salt": "other"}, {"prompt_logprobs": 1}], ids=["another salt", "log-probabilities of the prompt"]
+    "changed", [{"salt": "two"}, {"prompt_logprobs": 1}], ids=["another salt", "log-probabilities of the prompt"]
 )
 def test_pages_are_not_shared_with(changed):
     engine = Engine()
-    engine.add(completion(0, prompt(150)), completion(1, prompt(150), **changed))
+    changed = {"salt": "one", **changed}
+    engine.add(completion(0, prompt(150), salt="one"), completion(1, prompt(150), **changed))
     engine.finish()
     engine.add(last := completion(2, prompt(150), **changed))
     engine.finish()
     assert_right(last)
-    assert last.num_cached_tokens == (128 if "salt" in changed else 0)
+    assert last.num_cached_tokens == (128 if changed["salt"] == "two" else 0)
     assert engine.runner.num_computed > 300
 
 
@@ -184,12 +224,13 @@ def test_keys_tell_fingerprints_salts_and_beginnings_apart():
     keys = [
         *KeyChain(b"a", "").first(3, tokens),
         *KeyChain(b"a", "b").first(3, tokens),
+        *KeyChain(b"a", "c").first(3, tokens),
         *KeyChain(b"ab", "").first(3, tokens),
         *KeyChain(b"", "ab").first(3, tokens),
         *KeyChain(b"a", "").first(3, [9, *tokens[1:]]),
         *KeyChain(b"a", "\ud800").first(3, tokens),
     ]
-    assert len(set(keys)) == 18
+    assert len(set(keys)) == 21
     chain = KeyChain(b"a", "")
     assert chain.first(1, tokens) == keys[:1]
     assert chain.first(3, tokens) == keys[:3]
@@ -243,6 +284,19 @@ def test_new_weights_leave_no_page_of_the_old_ones():
     rest = completion(3, running.tokens[:num_before], max_tokens=len(running.tokens) - num_before, ignore_eos=True)
     rest.stop_ids = frozenset()
     assert running.tokens[num_before:] == completed(rest, version=1)[0]
+    engine.add(follower := completion(4, running.prompt))
+    engine.finish()
+    assert follower.num_cached_tokens == 128
+
+
+def test_pages_are_forgotten_though_the_fingerprint_tells_no_difference():
+    engine = Engine()
+    engine.add(completion(0, prompt(150)))
+    engine.finish()
+    engine.scheduler.forget_pages(b"weights")
+    engine.add(again := completion(1, prompt(150)))
+    engine.finish()
+    assert again.num_cached_tokens == 0
 
 
 def test_sequences_are_aborted_in_any_state():
@@ -276,7 +330,7 @@ def test_a_stop_string_ends_a_sequence():
 
 def test_nothing_is_accepted_behind_the_token_that_ends_a_sequence():
     scheduler = Engine().scheduler
-    scheduler.add(completion(0, prompt(10), max_tokens=9, min_tokens=2))
+    scheduler.add(completion(0, prompt(10), max_tokens=3, min_tokens=2))
     scheduler.add(completion(1, prompt(10, seed=1), max_tokens=2))
     plan = scheduler.schedule()
     logprobs = tuple(TokenLogprobs(-float(i), 1, ()) for i in range(5))

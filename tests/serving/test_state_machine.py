@@ -65,7 +65,7 @@ class Serving(RuleBasedStateMachine):
         max_tokens=st.sampled_from([0, 1, 5, 40, 70, 100]),
         min_share=st.sampled_from([0, 0.5, 1, 1]),
         priority=st.integers(0, 2),
-        salt=st.sampled_from(["", "", "x"]),
+        salt=st.sampled_from(["", "", "", "x", "y"]),
         has_logprobs=st.sampled_from([False, False, False, True]),
     )
     def add(self, beginning, length, own, copies, max_tokens, min_share, priority, salt, has_logprobs):
@@ -123,7 +123,7 @@ class Serving(RuleBasedStateMachine):
             plan, result = self._run(num_tokens)
             self._accept(self.scheduler.update(plan, result))
 
-    @rule(is_amid_step=st.booleans(), fingerprint=st.binary(max_size=1))
+    @rule(is_amid_step=st.booleans(), fingerprint=st.sampled_from([b"0", b"1"]))
     def update_weights(self, is_amid_step, fingerprint):
         plan, result = self._run(1) if is_amid_step else NO_STEP
         self.runner.version += 1
@@ -180,6 +180,7 @@ class Serving(RuleBasedStateMachine):
             assert sequence.tokens == [*sequence.prompt, *given]
             assert (finish_reason is not None) == self._has_ended(sequence, given)
             if finish_reason is not None:
+                assert finish_reason == ("stop" if EOS in given[sequence.params.min_tokens :] else "length")
                 self._end(Progress(sequence, drawn, finish_reason), sequence.id, finish_reason)
 
     @staticmethod
