@@ -1,9 +1,17 @@
 """Which prompts an engine takes."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dsv3_jax.config.serving import ServingConfig
 from dsv3_jax.serving.errors import Overloaded, RequestError
+
+
+class Queue(NamedTuple):
+    """Completions that wait, and the tokens of their prompts."""
+
+    num_requests: int
+    num_tokens: int
 
 
 def checked_ids(prompt_ids: Sequence[int], *, vocab_size: int) -> tuple[int, ...]:
@@ -33,13 +41,13 @@ def tokens_to_come(num_prompt_tokens: int, max_tokens: int | None, *, max_length
     return room if max_tokens is None else max_tokens
 
 
-def check_queue(num_requests: int, num_tokens: int, *, serving: ServingConfig) -> None:
-    """Raises `Overloaded` where so many completions, or tokens of their prompts, may not wait at once."""
-    if num_requests > serving.max_waiting_requests:
-        raise Overloaded(
-            f"{num_requests} completions would wait, and at most {serving.max_waiting_requests} may; try again later."
-        )
-    if num_tokens > serving.max_waiting_tokens:
-        raise Overloaded(
-            f"prompts of {num_tokens} tokens would wait, and at most {serving.max_waiting_tokens} may; try again later."
-        )
+def check_queue(waiting: Queue, more: Queue, *, serving: ServingConfig) -> None:
+    """Raises `Overloaded` where `more` may not wait beside what does; where nothing waits, whatever fits may."""
+    if not waiting.num_requests:
+        return
+    for what, has, asks, most in (
+        ("completions", waiting.num_requests, more.num_requests, serving.max_waiting_requests),
+        ("tokens of prompts", waiting.num_tokens, more.num_tokens, serving.max_waiting_tokens),
+    ):
+        if has + asks > most:
+            raise Overloaded(f"{has} {what} wait, and with {asks} more they exceed {most}; try again later.")

@@ -11,7 +11,7 @@ from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.serving import PAGE_SIZE, ServingConfig
 from dsv3_jax.data.tokenizer import TextTokenizer
 from dsv3_jax.model.functions import Functions
-from dsv3_jax.serving.admission import check_queue, checked_ids, tokens_to_come
+from dsv3_jax.serving.admission import Queue, check_queue, checked_ids, tokens_to_come
 from dsv3_jax.serving.emitter import Sink
 from dsv3_jax.serving.errors import Overloaded, Unavailable
 from dsv3_jax.serving.loop import Loop
@@ -241,12 +241,13 @@ class Engine:
                     try:
                         ids = self.submit(*waiting[-1], first_index=first, **settings)
                     except Overloaded:
-                        if running:
-                            break
-                        raise
+                        break
                     running |= {first + number: sequence for number, sequence in enumerate(ids)}
                     first += len(ids)
                     waiting.pop()
+                if not running:  # others wait in front
+                    time.sleep(0.01)
+                    continue
                 delta = arrived.get()
                 if delta.finish_reason is not None:
                     del running[delta.index]
@@ -267,8 +268,5 @@ class Engine:
         """Whether the engine takes as many more sequences of so many tokens each; with the mailbox's lock."""
         if self.state != "ready":
             raise Unavailable(f"the engine is {self.state}; it takes no requests.")
-        check_queue(
-            self._loop.num_waiting + num_sequences,
-            self._loop.num_waiting_tokens + num_sequences * num_tokens,
-            serving=self.serving,
-        )
+        waiting = Queue(self._loop.num_waiting, self._loop.num_waiting_tokens)
+        check_queue(waiting, Queue(num_sequences, num_sequences * num_tokens), serving=self.serving)
