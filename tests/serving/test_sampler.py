@@ -1,6 +1,5 @@
 """From logits to a token: against a plain reading in float64, the frequencies of draws, and on what they depend."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax.serving.edits import Edits
 from dsv3_jax.serving.sampler import Sampling, logprobs_of, sample, top_logprobs
+from tests.serving.plain_draws import allowed, check_draw
 
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 sample_jit = jax.jit(sample)
@@ -41,17 +41,13 @@ def many(logits: np.ndarray, count: int, **how) -> np.ndarray:
     return np.asarray(_many(logits, np.arange(count, dtype=np.int32), sampling(len(logits), **how)))
 
 
-def allowed(scaled: np.ndarray, how: Mapping[str, float], nudge: float = 0.0) -> np.ndarray:
-    """One row's tokens after min_p, top_k and top_p, in the order in which they are read; float64."""
-    order = sorted(range(len(scaled)), key=lambda v: (-scaled[v], v))
-    share = np.exp(scaled - scaled.max())
-    order = [v for v in order if share[v] >= how["min_p"] * (1 - nudge)] or order[:1]
-    order = order[: int(how["top_k"]) or None]
-    before = np.cumsum(share[order]) - share[order]
-    at_most = (how["top_p"] + nudge) * share[order].sum() if how["top_p"] < 1 else np.inf
-    out = np.zeros(len(scaled), bool)
-    out[[v for v, mass in zip(order, before, strict=True) if mass < at_most] or order[:1]] = True
-    return out
+def check_row(token: int, logits: np.ndarray, position: int, how: Sampling, edits: Edits | None) -> None:
+    """That one row's token is the one that a plain reading gives."""
+    logits = logits.astype(np.float64)
+    if edits is not None:
+        logits = edited_by_hand(logits, position, Edits(*(np.asarray(x, np.float64) for x in edits)))
+    numbers = {name: float(x) for name, x in how._asdict().items()}
+    check_draw(token, logits, position, seed=int(how.seed), how=numbers)
 
 
 def edited_by_hand(logits: np.ndarray, position: int, edits: Edits) -> np.ndarray:
@@ -66,24 +62,6 @@ def edited_by_hand(logits: np.ndarray, position: int, edits: Edits) -> np.ndarra
         if edits.is_stop[v] and position < edits.may_stop_from:
             out[v] = -np.inf
     return out
-
-
-def check_draw(token: int, logits: np.ndarray, position: int, how: Sampling, edits: Edits | None) -> None:
-    """That one row's token is that of the highest noisy logit among the allowed, but for rounding."""
-    logits = logits.astype(np.float64)
-    if edits is not None:
-        logits = edited_by_hand(logits, position, Edits(*(np.asarray(x, np.float64) for x in edits)))
-    assert logits[token] > -np.inf
-    if how.temperature == 0:
-        assert logits[token] >= logits.max() - 1e-4
-        return
-    key = jax.random.fold_in(jax.random.key(how.seed, impl="threefry2x32"), position)
-    scaled = (logits - logits.max()) / float(how.temperature)
-    noisy = scaled + np.asarray(jax.random.gumbel(key, logits.shape), np.float64)
-    numbers = {name: float(x) for name, x in how._asdict().items()}
-    narrow, wide = (allowed(scaled, numbers, nudge) for nudge in (-1e-5, 1e-5))
-    assert wide[token]
-    assert noisy[token] >= noisy[narrow].max() - 1e-4 * max(1, abs(noisy[token]))
 
 
 class Case(NamedTuple):
@@ -136,7 +114,7 @@ def test_draws_are_those_of_a_plain_reading(seed: int, is_edited: bool) -> None:
     tokens = np.asarray(sample_jit(case.logits, case.positions, case.how, edits))
     for row, token in enumerate(tokens):
         logits, position, how, row_edits = some(row, case.logits, case.positions, case.how, edits)
-        check_draw(int(token), logits, int(position), how, row_edits)
+        check_row(int(token), logits, int(position), how, row_edits)
 
 
 @settings(deadline=None, max_examples=15)
