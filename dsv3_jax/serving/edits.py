@@ -76,4 +76,4 @@ def count(table: Edits, slots: Int[AnyArray, "B"], tokens: Int[AnyArray, "B"]) -
     """The table with one more of each sequence's token, none in the last row; written in place."""
     neutral = len(table.counts) - 1
     slots = jnp.where(slots == neutral, neutral + 1, slots)  # beyond the table, where nothing is written
-    return table._replace(counts=table.counts.at[slots, tokens].add(1, mode="drop"))
+    return table._replace(counts=jnp.asarray(table.counts).at[slots, tokens].add(1, mode="drop"))

@@ -56,10 +56,10 @@ def edit_row(sequence: Sequence, vocab_size: int) -> Edits:
         in_prompt=in_prompt,
         is_stop=is_stop,
         bias=bias,
-        repetition=np.float32(_float32(params.repetition_penalty)),
-        presence=np.float32(params.presence_penalty),
-        frequency=np.float32(params.frequency_penalty),
-        may_stop_from=np.int32(length + params.min_tokens),
+        repetition=np.array(_float32(params.repetition_penalty), np.float32),
+        presence=np.array(params.presence_penalty, np.float32),
+        frequency=np.array(params.frequency_penalty, np.float32),
+        may_stop_from=np.array(length + params.min_tokens, np.int32),
     )
 
 

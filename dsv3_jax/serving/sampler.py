@@ -109,7 +109,7 @@ def _highest_allowed(
     scaled: Float[Array, "B V"],
     noisy: Float[Array, "B V"],
     first: Int[Array, "B"],
-    is_cut: Bool[Array, "B"],
+    is_cut: Bool[AnyArray, "B"],
     sampling: Sampling,
 ) -> Int[Array, "B"]:
     """The highest of `noisy` among the allowed tokens, `first` being the highest of all.
@@ -152,13 +152,13 @@ def _mass(scaled: Float[Array, "B V"], weight: Float[Array, "B V"], sampling: Sa
     is_few = sampling.top_k <= few
     all_of_them = weight.sum(axis=-1)
 
-    def of_few():
+    def mass_of_few():
         best = jax.lax.top_k(scaled, few)[0]
         least = jnp.log(sampling.min_p)[:, None]
         is_in = (best >= least) & (_ids(few) < sampling.top_k[:, None])
         return jnp.where(is_in, jnp.exp(best), 0).sum(axis=-1)
 
-    of_few = jax.lax.cond((is_asked & is_few).any(), of_few, lambda: all_of_them)
+    of_few = jax.lax.cond((is_asked & is_few).any(), mass_of_few, lambda: all_of_them)
     of_many = jax.lax.cond(
         (is_asked & ~is_few).any(), lambda: _mass_of_many(scaled, weight, sampling.top_k), lambda: all_of_them
     )
