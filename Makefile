@@ -5,7 +5,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-slow test-all test-aot aot-step gpu lint bench clean
+.PHONY: help setup train serve test test-slow test-all test-aot aot-step gpu lint bench clean
 
 PYTHON ?=
 VENV ?= $(if $(PYTHON),.venv-$(notdir $(PYTHON)),.venv)
@@ -47,6 +47,11 @@ setup: $(STAMP) ## make the virtual environment, if it is not there
 
 train: $(RUN_STAMP) ## train the tiny model on real code, about ten minutes on 2 cores, or on the GPU; repeats resume
 	$(RUN_PY) train.py --config $(CONFIG) --run-dir $(RUN_DIR) $(ARGS)
+
+serve: $(RUN_STAMP) ## answer OpenAI's clients with the trained model, at http://127.0.0.1:8000; Ctrl-C ends it
+	@[ -d $(RUN_DIR)/checkpoints ] || ls $(RUN_DIR)/*.safetensors >/dev/null 2>&1 || { \
+	  echo "$(RUN_DIR) holds no trained model: run \"make train RUN_DIR=$(RUN_DIR)\" first, or give RUN_DIR=FOLDER." >&2; exit 1; }
+	@exec $(RUN_PY) serve.py --model $(RUN_DIR) $(ARGS)
 
 test: $(STAMP) ## the fast tests, under 15 minutes on 2 cores
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -5,6 +5,7 @@
 - ```sh``` blocks: every line is a command and runs in this process, with status 0. Of `CHECKED` ones only program and
   flags are checked, in fast tests of `SLOW` ones, too; of `make` the target, of `pip` the extra. `SHORTER` adds what
   makes a command short.
+- What asks `SERVER` asks a server on `runs/tiny`, as `make serve` starts it; in fast tests only its syntax is checked.
 - ```text``` and ```mermaid``` blocks are pictures; there is no other kind.
 
 All happens in an empty folder in which the paths that examples name exist: the sources, `path/to/folder` (a little
@@ -13,12 +14,20 @@ two files that are trained here, `tiny.py` and `bench_30m.py`, are the midget of
 """
 
 import argparse
+import contextlib
 import importlib.util
+import json
+import os
 import re
 import shlex
 import shutil
+import socket
+import subprocess
+import sys
+import time
 import tomllib
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +43,10 @@ FOUND = [ROOT / "README.md", *(found for top in FOLDERS for found in sorted((ROO
 READMES = {path.relative_to(ROOT).as_posix(): path for path in FOUND}
 FENCED = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
+# Where clients find the server that `make serve` starts.
+SERVER = "127.0.0.1:8000"
+SECONDS_TO_START = 600
+
 # Commands of which only the flags are checked, and why. The key is a part of the line.
 CHECKED = {
     "-m dsv3_kernels.check": "needs a GPU",
@@ -43,6 +56,8 @@ CHECKED = {
     "--peer": "needs transformers under another Python",
     "--run-dir runs/lite": "needs GPUs, or several processes",
     "-m dsv3_jax.bench.parity": "needs a process of its own, for its number of devices",
+    "serve.py --model exported --port": "serves until it is stopped",
+    "serve.py --model exported --host": "serves until it is stopped",
 }
 # What makes a command short.
 SHORTER = {
@@ -50,10 +65,17 @@ SHORTER = {
     "python train.py": "--set train.total_tokens=128 data.heldout_fraction=0.2",
     "-m dsv3_jax.bench.train": "--rounds 1 --set model.moe.num_groups=1 model.moe.groups_per_token=1",
     "-m dsv3_jax.bench.precision": "--steps 2 --seeds 0 --arms bf16 --set data.paths=path/to/folder",
-    "python serve.py": "--max-new-tokens 4",
+    "--prompt ": "--max-new-tokens 4",
 }
 # What takes more than a few seconds even so.
-SLOW = ("precision=fp8_dsv3", "-m dsv3_jax.bench", "-m dsv3_jax.planning", "--config my_", "--run-dir runs/mesh")
+SLOW = (
+    SERVER,
+    "precision=fp8_dsv3",
+    "-m dsv3_jax.bench",
+    "-m dsv3_jax.planning",
+    "--config my_",
+    "--run-dir runs/mesh",
+)
 
 
 class Block(NamedTuple):
@@ -129,15 +151,53 @@ def test_blocks_run_with_the_slow_ones(name: str) -> None:
 def run(readme: Path, *, only_checked: tuple[str, ...]) -> None:
     """Runs the blocks of a README; of commands that contain one of `only_checked`, the flags are checked."""
     namespace: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks(readme):
-        if block.language == "python":
-            named = re.match(r"# (\w+\.py)\b", block.code)
-            if named:
-                Path(named[1]).write_text(block.code)
-            exec(compile("\n" * block.line + block.code, str(readme), "exec"), namespace)
-        elif block.language == "sh":
-            for command in commands(block.code):
-                run_command(command, is_run=not any(part in command for part in only_checked))
+    with contextlib.ExitStack() as stack:
+        address = None
+        for block in blocks(readme):
+            code, is_run = block.code, True
+            if SERVER in code:
+                is_run = SERVER not in only_checked
+                address = address or (stack.enter_context(server()) if is_run else SERVER)
+                code = code.replace(SERVER, address)
+            if block.language == "python":
+                named = re.match(r"# (\w+\.py)\b", code)
+                if named:
+                    Path(named[1]).write_text(code)
+                compiled = compile("\n" * block.line + code, str(readme), "exec")
+                if is_run:
+                    exec(compiled, namespace)
+            elif block.language == "sh":
+                for command in commands(code):
+                    run_command(command, is_run=not any(part in command for part in only_checked))
+
+
+@contextlib.contextmanager
+def server() -> Iterator[str]:
+    """The address of a server on the model that `make serve` serves; SIGTERM ends it, with status 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "serve.py", "--model", "runs/tiny", "--port", address.partition(":")[2]]
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}) as process:
+        try:
+            end = time.monotonic() + SECONDS_TO_START
+            while not is_ready(address):
+                assert process.poll() is None, "the server ended before it was ready"
+                assert time.monotonic() < end, "the server was not ready in time"
+                time.sleep(0.1)
+            yield address
+        finally:
+            process.terminate()
+        assert process.wait() == 0
+
+
+def is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{address}/ready", timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
 
 
 def run_command(command: str, *, is_run: bool) -> None:
@@ -158,6 +218,8 @@ def run_command(command: str, *, is_run: bool) -> None:
             check_flags(main, arguments)
     elif program == "pip":
         check_pip(arguments)
+    elif program == "curl":
+        run_curl(arguments, is_run=is_run)
     else:
         assert program == "export", f"{command}: teach tests/test_readme.py to run this, or mark the block as text"
 
@@ -198,6 +260,18 @@ def check_make(arguments: list[str]) -> None:
         variable, is_variable, _ = argument.partition("=")
         pattern = rf"\$\({variable}\)" if is_variable else rf"^{argument}:.*## "
         assert re.search(pattern, makefile, re.MULTILINE), f"the Makefile has no {argument}"
+
+
+def run_curl(arguments: list[str], *, is_run: bool) -> None:
+    """Its body is JSON; where it runs, and there is a curl, the answer is a good one."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("-H", action="append")
+    parser.add_argument("-d", type=json.loads)
+    parser.parse_args(arguments)
+    curl = shutil.which("curl")
+    if is_run and curl:
+        subprocess.run([curl, "--silent", "--show-error", "--fail", *arguments], check=True)
 
 
 def check_pip(arguments: list[str]) -> None:
