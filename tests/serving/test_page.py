@@ -17,7 +17,13 @@ from typing import Any
 
 import pytest
 
+from dsv3_jax.config.serving import ServingConfig
+from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.serving.chat_format import ChatFormat
+from dsv3_jax.serving.engine import Engine
 from dsv3_jax.serving.http.page import page
+from tests.serving.running import MODEL, serving
+from tests.small import make_config, make_variables
 
 HTML = page()[0].decode()
 DRIVER = Path(__file__).with_name("page_driver.js")
@@ -157,8 +163,8 @@ def use(node: str, server: Server):
     next(element for element in elements if element["id"] == "mode")["value"] = "complete"
     script = HTML.partition("<script>")[2].partition("</script>")[0]
 
-    def run(*steps: Any) -> list[dict[str, Any]]:
-        task = {"script": script, "elements": elements, "url": server.url}
+    def run(*steps: Any, url: str = server.url) -> list[dict[str, Any]]:
+        task = {"script": script, "elements": elements, "url": url}
         given = json.dumps({**task, "steps": [step if isinstance(step, list) else [step] for step in steps]})
         done = subprocess.run(
             [node, str(DRIVER)], input=given, capture_output=True, text=True, timeout=SECONDS, check=True
@@ -247,3 +253,73 @@ def test_the_key_is_sent(server: Server, use) -> None:
     named = ["until shown", "model", "the-model"]
     use(named, ["set", "key", "secret"], ["change", "key"], ["set", "text", "x"], "submit", "until idle")
     assert [key for _, key, _ in server.asked] == [None, "Bearer secret", "Bearer secret"]
+
+
+# With a model
+
+
+@pytest.fixture(scope="module")
+def live(golden: Path) -> Iterator[str]:
+    """The URL of a server on a model that never ends by itself."""
+    cfg = make_config(vocab_size=270, max_position=2048, yarn=None, mtp_depth=0, eos_id=None)
+    tokenizer = tokenizers.load(golden / "run_0_1", eos_id=None)
+    engine = Engine(cfg, make_variables(cfg), ServingConfig(max_num_seqs=2), tokenizer)
+    with engine, serving(engine, chat_format=ChatFormat("plain", tokenizer)) as url:
+        yield url
+
+
+@pytest.mark.slow
+def test_a_real_server_answers_the_script(live: str, use) -> None:
+    text, chat = ["set", "text", "def main("], ["set", "mode", "chat"]
+    running = ["until shown", "tokens", "3"]
+    short = [["set", "max_tokens", "20"], text, "submit", "until idle", "show"]
+    stopped = [["set", "max_tokens", "1900"], "submit", running, ["key", {"key": "Escape"}], "until idle", "show"]
+    of_text, of_chat, of_stopped = use(*short, chat, *short, text, *stopped, url=live)
+    for seen in (of_text, of_chat):
+        assert seen["model"]["text"] == MODEL
+        assert seen["tokens"]["text"] == "20"
+        assert float(seen["rate"]["text"]) > 0
+        assert float(seen["ttft"]["text"]) > 0
+        assert seen["lines"][-1] == ["p", "note", "Cut at the number of tokens."]
+    assert of_stopped["lines"][-1] == ["p", "note", "Stopped."]
+
+
+@pytest.fixture
+def chromium() -> Iterator[Any]:
+    """A page of the system's Chromium, on which nothing may go wrong unseen."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"there is no Chromium: none of {', '.join(names)} is on PATH")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=found)
+        opened, errors = browser.new_page(), []
+        opened.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        opened.set_default_timeout(SECONDS * 1000)
+        yield opened
+        browser.close()
+    assert errors == []
+
+
+@pytest.mark.browser
+def test_in_a_browser_by_the_keyboard_alone(chromium: Any, request: pytest.FixtureRequest) -> None:
+    chromium.goto(request.getfixturevalue("live"))
+    chromium.get_by_text(MODEL).wait_for()
+    chromium.keyboard.type("def main(")
+    chromium.keyboard.press("Tab")
+    chromium.keyboard.press("Tab")
+    chromium.keyboard.type("20")  # replaces the number of tokens
+    chromium.keyboard.press("Control+Enter")
+    chromium.get_by_text("Cut at the number of tokens.").wait_for()
+    assert chromium.locator("#tokens").inner_text() == "20"
+    assert float(chromium.locator("#rate").inner_text()) > 0
+    assert float(chromium.locator("#ttft").inner_text()) > 0
+    chromium.keyboard.press("Control+A")
+    chromium.keyboard.type("1900")
+    chromium.keyboard.press("Control+Enter")
+    chromium.locator("#tokens").filter(has_text="3").wait_for()
+    chromium.keyboard.press("Escape")
+    chromium.get_by_text("Stopped.").wait_for()
+    assert chromium.locator("#send").is_enabled()
