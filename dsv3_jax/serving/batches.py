@@ -9,7 +9,7 @@ import numpy as np
 from dsv3_jax.config.serving import PAGE_SIZE
 from dsv3_jax.serving.programs import Tokens
 from dsv3_jax.serving.sequence import Sequence, StepPlan, Work
-from dsv3_jax.serving.shapes import Shapes
+from dsv3_jax.serving.shapes import LONGEST_TAIL, Shapes
 from dsv3_jax.typing import Int
 
 
@@ -57,24 +57,28 @@ class Batch(NamedTuple):
 
 
 def batches_of(plan: StepPlan, shapes: Shapes) -> list[Batch]:
-    """Decoding sequences and short tails as rows, a token each, and each longer chunk by itself.
+    """Long chunks by themselves, then decoding sequences and short tails as rows, a token each.
 
-    A tail's rows are in order; where a tail is split between two launches, the first writes what the second reads.
+    A tail's rows are in order, behind the chunk that they continue: what one launch reads, another has written before.
     """
-    rows, chunks = [Item(index, work, *work[1:]) for index, work in enumerate(plan.decodes)], []
+    rows, launches = [Item(index, work, *work[1:]) for index, work in enumerate(plan.decodes)], []
     for index, work in enumerate(plan.chunks, len(plan.decodes)):
-        if work.count <= shapes.longest_tail and not asks_prompt_logprobs(work):
-            rows += [Item(index, work, work.start + i, 1) for i in range(work.count)]
-        else:
-            chunks.append(Item(index, work, *work[1:]))
-    launches = []
+        in_chunk = _count_in_chunk(work, shapes)
+        if in_chunk:
+            tokens = empty_batch(1, *shapes.chunk_for(work.start, in_chunk))
+            launches.append(_filled([Item(index, work, work.start, in_chunk)], tokens, is_chunk=True))
+        rows += [Item(index, work, work.start + i, 1) for i in range(in_chunk, work.count)]
     for some in _split(rows, shapes.rows[-1]):
         tokens = empty_batch(shapes.rows_for(len(some)), 1, shapes.table_width)
         launches.append(_filled(some, tokens, is_chunk=False))
-    for item in chunks:
-        tokens = empty_batch(1, *shapes.chunk_for(item.start, item.count))
-        launches.append(_filled([item], tokens, is_chunk=True))
     return launches
+
+
+def _count_in_chunk(work: Work, shapes: Shapes) -> int:
+    """How many of a work's tokens the program for chunks computes; the rest are rows of the decoding program."""
+    if shapes.batch_invariant:
+        return min(max(len(work.sequence.prompt) - work.start, 0), work.count)
+    return 0 if work.count <= LONGEST_TAIL and not asks_prompt_logprobs(work) else work.count
 
 
 def asks_prompt_logprobs(work: Work) -> bool:

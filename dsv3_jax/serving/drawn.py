@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from dsv3_jax.serving.batches import Batch, Item
 from dsv3_jax.serving.request_rows import token_logprobs
 from dsv3_jax.serving.sampler import TopLogprobs
-from dsv3_jax.serving.sequence import Drawn, StepPlan, StepResult
+from dsv3_jax.serving.sequence import Drawn, StepPlan, StepResult, TokenLogprobs
 
 
 class Outputs(NamedTuple):
@@ -24,20 +24,21 @@ def result_of(plan: StepPlan, batches: list[Batch], outputs: list[Outputs]) -> S
     drawn = [Drawn(())] * len(plan.works)
     for batch, found in zip(batches, outputs, strict=True):
         for row, item in enumerate(batch.items):
-            if item.draws or found.prompt_logprobs is not None:
-                drawn[item.index] = _drawn(item, row, found)
+            if found.prompt_logprobs is not None:
+                drawn[item.index] = drawn[item.index]._replace(prompt_logprobs=_of_prompt(item, found.prompt_logprobs))
+            if item.draws:
+                tokens, logprobs = (int(found.ids[row]),), _of_drawn(item, row, found.logprobs)
+                drawn[item.index] = drawn[item.index]._replace(tokens=tokens, logprobs=logprobs)
     return StepResult(tuple(drawn))
 
 
-def _drawn(item: Item, row: int, found: Outputs) -> Drawn:
-    sequence, params = item.work.sequence, item.work.sequence.params
-    tokens, logprobs, prompt_logprobs = (), None, None
-    if item.draws:
-        tokens = (int(found.ids[row]),)
-    if item.draws and params.logprobs is not None and found.logprobs is not None:
-        logprobs = (token_logprobs(found.logprobs, row, params.logprobs),)
-    if params.prompt_logprobs is not None and found.prompt_logprobs is not None:
-        count = min(item.start + item.count, len(sequence.prompt) - 1) - item.start
-        rows = range(count)
-        prompt_logprobs = tuple(token_logprobs(found.prompt_logprobs, row, params.prompt_logprobs) for row in rows)
-    return Drawn(tokens, logprobs, prompt_logprobs)
+def _of_drawn(item: Item, row: int, found: TopLogprobs | None) -> tuple[TokenLogprobs, ...] | None:
+    asked = item.work.sequence.params.logprobs
+    return None if asked is None or found is None else (token_logprobs(found, row, asked),)
+
+
+def _of_prompt(item: Item, found: TopLogprobs) -> tuple[TokenLogprobs, ...]:
+    """Of the tokens that a chunk predicts, which end with the prompt."""
+    sequence = item.work.sequence
+    count = min(item.count, len(sequence.prompt) - 1 - item.start)
+    return tuple(token_logprobs(found, row, sequence.params.prompt_logprobs or 0) for row in range(count))

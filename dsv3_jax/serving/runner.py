@@ -18,6 +18,7 @@ from dsv3_jax.serving.request_rows import has_edits, sampling_rows
 from dsv3_jax.serving.sampler import TopLogprobs
 from dsv3_jax.serving.sequence import Sequence, StepPlan, StepResult
 from dsv3_jax.serving.shapes import shapes_of
+from dsv3_jax.serving.steady import steady
 from dsv3_jax.serving.warm_up import Program, compile_all, draw_arguments, small_programs, step_programs
 from dsv3_jax.serving.weights import check_same, weights_of
 from dsv3_jax.typing import Array, DType, Int, Variables
@@ -38,10 +39,13 @@ class Runner:
     def __init__(
         self, cfg: ModelConfig, variables: Variables, serving: ServingConfig, *, functions: Functions | None = None
     ):
-        self._cfg, self._functions = cfg, functions or functions_of(variables["params"]["embed"]["w"].dtype)
-        self._shapes = shapes_of(cfg, serving, on_cpu=jax.default_backend() == "cpu")
-        self._weights = weights_of(cfg, variables, functions=self._functions)
-        self._pages = _pool(cfg, self._shapes.num_pages, dtype=self._functions.compute_dtype)
+        functions = functions or functions_of(variables["params"]["embed"]["w"].dtype)
+        on_cpu = jax.default_backend() == "cpu"
+        self._cfg, self._stored_by = cfg, functions
+        self._functions = steady(functions) if on_cpu else functions
+        self._shapes = shapes_of(cfg, serving, on_cpu=on_cpu)
+        self._weights = weights_of(cfg, variables, functions=functions)
+        self._pages = _pool(cfg, self._shapes.num_pages, dtype=functions.compute_dtype)
         self._edits = EditSlots(serving.max_num_seqs, cfg.vocab_size)
         self._width = min(max(serving.max_logprobs, 1), cfg.vocab_size)
 
@@ -77,7 +81,7 @@ class Runner:
             ConfigError: another tree, shape or dtype than before; nothing has changed then.
         """
         check_same(self._weights, variables)
-        self._weights = weights_of(self._cfg, variables, functions=self._functions)
+        self._weights = weights_of(self._cfg, variables, functions=self._stored_by)
 
     def warm_up(self, report: Callable[[int, int], None]) -> None:
         """Compiles every program and runs it once; calls report(done, total) as they come."""

@@ -9,7 +9,7 @@ from dsv3_jax.serving.paged_steps import extends
 
 LONGEST_TAIL = 8
 """Tokens of a chunk that join the decoding sequences, as a row each, which costs less than a program of their own."""
-SHORTEST_CHUNK, MOST_SIZES = 16, 4
+SHORTEST_CHUNK, MOST_CHUNKS = 16, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Shapes:
     """(tokens, pages of the table) of the programs for chunks, the cheapest first."""
     table_width: int
     """Pages of the longest sequence."""
-    longest_tail: int
-    """A chunk of so many tokens goes through the decoding program."""
+    batch_invariant: bool
+    """A prompt's tokens go through the one program for chunks, generated ones through the one for decoding."""
 
     @property
     def drawn(self) -> tuple[int, ...]:
@@ -56,8 +56,8 @@ def shapes_of(cfg: ModelConfig, serving: ServingConfig, *, on_cpu: bool) -> Shap
         f"max_num_batched_tokens={budget} is less than max_num_seqs={serving.max_num_seqs} (ServingConfig).",
     )
     if serving.batch_invariant:
-        return Shapes(num_pages, budget, (serving.max_num_seqs,), ((most, width),), width, 0)
-    return Shapes(num_pages, budget, _rows(serving.max_num_seqs), _chunks(cfg, most, width), width, LONGEST_TAIL)
+        return Shapes(num_pages, budget, (serving.max_num_seqs,), ((most, width),), width, True)
+    return Shapes(num_pages, budget, _rows(serving.max_num_seqs), _chunks(cfg, most, width), width, False)
 
 
 def _rows(max_num_seqs: int) -> tuple[int, ...]:
@@ -67,13 +67,13 @@ def _rows(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def _chunks(cfg: ModelConfig, most: int, width: int) -> tuple[tuple[int, int], ...]:
-    """Sizes from `most` down: by halves where cost follows length, else by quarters with tables of a few widths."""
+    """Sizes from `most` down: by halves where cost follows length, else by quarters with tables of two widths."""
     chunks, size = [], most
-    for _ in range(MOST_SIZES):
+    while size >= SHORTEST_CHUNK or not chunks:
         is_absorbed = extends(cfg, size)
-        parts = (1,) if is_absorbed else (1, 4, 16)
-        chunks += [(size, pages) for pages in {max(-(-width // part), -(-size // PAGE_SIZE)) for part in parts}]
-        size = -(-size // (2 if is_absorbed else 4))
-        if size < SHORTEST_CHUNK:
+        widths = {max(-(-width // part), -(-size // PAGE_SIZE)) for part in ((1,) if is_absorbed else (1, 8))}
+        if len(chunks) + len(widths) > MOST_CHUNKS:
             break
+        chunks += [(size, pages) for pages in widths]
+        size = -(-size // (2 if is_absorbed else 4))
     return tuple(sorted(chunks))

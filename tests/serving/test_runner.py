@@ -1,5 +1,6 @@
 """A runner's steps give the tokens of the uncached forward, in few shapes and in one pool."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from dsv3_jax.serving.sequence import Drawn, Sequence, StepPlan, Work
 
 ROOM = ServingConfig(max_num_seqs=4, num_pages=11, max_num_batched_tokens=40, max_logprobs=3)
 
-PROGRAMS = (
+PROGRAMS: Any = (
     *(programs.run_rows, programs.run_chunk, programs.draw_rows, programs.find_logprobs),
     *(programs.find_prompt_logprobs, programs.prepare, edits.set_row, edits.count),
 )
@@ -33,8 +34,8 @@ class Host:
 
     def add(self, prompt: Any, seed: int = 0, stop_ids: tuple = (), **params: Any) -> Sequence:
         prompt = tuple(int(token) for token in prompt)
-        params = SamplingParams(**{"max_tokens": 100, **params})
-        return Sequence(id(prompt), prompt, params, seed, 100, frozenset(stop_ids))
+        how = SamplingParams(**{"max_tokens": 100, **params})
+        return Sequence(id(prompt), prompt, how, seed, 100, frozenset(stop_ids))
 
     def step(self, *counts: tuple[Sequence, int]) -> list[Drawn]:
         """Computes so many tokens of each sequence, a single one behind a prompt as a decoding row."""
@@ -65,6 +66,10 @@ class Host:
 
 def generated(sequence: Sequence) -> list[int]:
     return sequence.tokens[len(sequence.prompt) :]
+
+
+def logprobs_of(*drawn: Drawn) -> list:
+    return [found for one in drawn for found in (*(one.prompt_logprobs or ()), *(one.logprobs or ()))]
 
 
 def prompts_of(vocab_size: int, *lengths: int, seed: int = 3) -> list[list[int]]:
@@ -152,7 +157,7 @@ def test_logprobs_come_only_where_they_are_asked_for(runner: Runner, base, slowl
     row, _ = host.step((asking, 1), (other, 1))
     expected = jax.nn.log_softmax(uncached_logits(cfg, variables, [asking.tokens])[0])
     assert none.logprobs is none.prompt_logprobs is row.prompt_logprobs is first.logprobs is None
-    told = [*first.prompt_logprobs, *second.prompt_logprobs, *second.logprobs, *row.logprobs]
+    told = logprobs_of(first, second, row)
     assert len(told) == len(asking.tokens) - 1
     for place, found in enumerate(told):
         at, token = np.asarray(expected[place]), asking.tokens[place + 1]
@@ -163,6 +168,56 @@ def test_logprobs_come_only_where_they_are_asked_for(runner: Runner, base, slowl
     assert [len(found.top) for found in told] == [1] * 24 + [2, 2]
 
 
+def test_within_a_shape_neighbours_change_no_bit(runner: Runner, base) -> None:
+    """Nor does the row, nor whether rows are used at all."""
+    prompt, *others = prompts_of(base[0].vocab_size, 7, 3, 20, 33, 12, seed=8)
+
+    def beside(*neighbours: list[int], row: int) -> list:
+        host = Host(runner)
+        sequence = host.add(prompt, logprobs=3)
+        sequences = [host.add(neighbour) for neighbour in neighbours]
+        found = host.step((sequence, 7))
+        for one in sequences:
+            host.step((one, len(one.prompt)))
+        for _ in range(3):
+            works = [(one, 1) for one in sequences]
+            works.insert(row, (sequence, 1))
+            found.append(host.step(*works)[row])
+        return logprobs_of(*found)
+
+    alone = beside(others[0], others[1], row=0)
+    assert beside(others[2], others[3], row=2) == alone
+    assert beside(others[3], others[0], others[2], row=1) == alone
+
+
+def test_a_batch_invariant_runner_gives_the_same_bits_whatever_runs(base) -> None:
+    """Alone and beside others, whatever the chunks are, and computed again behind a preemption."""
+    cfg, variables = base
+    runner = Runner(cfg, variables, dataclasses.replace(ROOM, batch_invariant=True))
+    assert len([name for name in runner.shapes() if "sample" not in name]) == 2
+    prompt, *others = prompts_of(cfg.vocab_size, 30, 3, 20, 10, seed=9)
+
+    def completed(chunks: tuple[int, ...], neighbours: list[list[int]], *, is_preempted: bool) -> list:
+        host = Host(runner)
+        sequence = host.add(prompt, logprobs=3)
+        rest = [host.add(neighbour) for neighbour in neighbours]
+        found = [host.step((sequence, count))[0] for count in chunks]
+        for one in rest:
+            host.step((one, len(one.prompt)))
+        for step in range(4):
+            if is_preempted and step == 2:
+                sequence.num_computed = 0
+                host.step((sequence, 25))
+                found.append(host.step((sequence, 8), *((one, 1) for one in rest))[-1])
+            else:
+                found.append(host.step((sequence, 1), *((one, 1) for one in rest))[0])
+        return logprobs_of(*found)
+
+    alone = completed((30,), [], is_preempted=False)
+    assert completed((11, 19), others, is_preempted=False) == alone
+    assert completed((1, 29), others[:2], is_preempted=True) == alone
+
+
 def test_steps_hold_no_copy_of_the_pool(base) -> None:
     cfg, variables = base
     runner = Runner(cfg, variables, ServingConfig(max_num_seqs=2, num_pages=2000, max_num_batched_tokens=16))
@@ -170,7 +225,7 @@ def test_steps_hold_no_copy_of_the_pool(base) -> None:
     size = runner._pages.nbytes
     for step, tokens in ((programs.run_rows, empty_batch(2, 1, 1)), (programs.run_chunk, empty_batch(1, 16, 1))):
         compiled = step.lower(cfg, *arrays, tokens, functions=runner._functions).compile()
-        memory = compiled.memory_analysis()
+        memory: Any = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < size / 10
         assert memory.alias_size_in_bytes >= size
 
