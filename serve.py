@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code (0, or 2 for a user's error)."""
     given = parse(arguments)
     try:
+        if given.print_shapes:
+            return print_shapes(given)
         if given.prompt is None:
             return serve_forever(given)
         for prompt, completion in complete(given):
@@ -66,38 +68,43 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def serve_forever(given: argparse.Namespace) -> int:
-    """Serves until a signal comes, or prints the shapes of the steps."""
-    key = api_key_of(given.api_key_file)
+    """Serves until a signal comes."""
+    key, begin = api_key_of(given.api_key_file), time.monotonic()
     serving = serving_config(given)
-    sock = bind(given.host, given.port, has_key=key is not None)  # before the weights: a wrong port is told at once
-    begin, folder = time.monotonic(), user_path(given.model)
-    cfg, variables = load(folder, dtype=given.dtype, average=given.average)
-    file = folder / "tokenizer.json"
-    tokenizer = tokenizers.load(file, bos_id=cfg.bos_id, eos_id=cfg.eos_id) if file.is_file() else None
-    functions = functions_of_file(given.config, given.dtype)
-    if given.print_shapes:
-        print("\n".join(Runner(cfg, variables, serving, functions=functions).shapes()))
-        return 0
-    store_compiled_steps()
-    chat_format = None if tokenizer is None else chat_format_of(folder, tokenizer, name=given.chat_format)
-    log_to_stderr()
-    engine = Engine(
-        cfg,
-        variables,
-        serving,
-        tokenizer,
-        eos_ids=declared_stops(folder, cfg),
-        functions=functions,
-        warm_up=lambda done, total: print(f"compiled {done} of {total} steps after {time.monotonic() - begin:.1f} s"),
-    )
-    app = create_app(
-        engine,
-        model_name=given.served_model_name or given.model,
-        api_key=key,
-        chat_format=chat_format,
-        metrics_namespace=given.metrics_namespace,
-    )
-    return leave(serve(app, engine, sock))  # a step that is being compiled cannot be ended otherwise
+    with bind(given.host, given.port, has_key=key is not None) as sock:  # first: a wrong port is told at once
+        folder = user_path(given.model)
+        cfg, variables = load(folder, dtype=given.dtype, average=given.average)
+        file = folder / "tokenizer.json"
+        tokenizer = tokenizers.load(file, bos_id=cfg.bos_id, eos_id=cfg.eos_id) if file.is_file() else None
+        chat_format = None if tokenizer is None else chat_format_of(folder, tokenizer, name=given.chat_format)
+        functions = functions_of_file(given.config, given.dtype)
+        store_compiled_steps()
+        log_to_stderr()
+        engine = Engine(
+            cfg,
+            variables,
+            serving,
+            tokenizer,
+            eos_ids=declared_stops(folder, cfg),
+            functions=functions,
+            warm_up=lambda done, all_: print(f"compiled {done} of {all_} steps after {time.monotonic() - begin:.1f} s"),
+        )
+        app = create_app(
+            engine,
+            model_name=given.served_model_name or given.model,
+            api_key=key,
+            chat_format=chat_format,
+            metrics_namespace=given.metrics_namespace,
+        )
+        return leave(serve(app, engine, sock))  # a step that is being compiled cannot be ended otherwise
+
+
+def print_shapes(given: argparse.Namespace) -> int:
+    """Lists the steps that a server would compile."""
+    cfg, variables = load(user_path(given.model), dtype=given.dtype, average=given.average)
+    runner = Runner(cfg, variables, serving_config(given), functions=functions_of_file(given.config, given.dtype))
+    print("\n".join(runner.shapes()))
+    return 0
 
 
 def store_compiled_steps() -> None:

@@ -1,4 +1,4 @@
-"""The command line that completes prompts."""
+"""The command line that completes prompts, or serves."""
 
 import importlib.util
 import itertools
@@ -113,6 +113,13 @@ def test_a_configuration_file_replaces_functions(serve, exported, tmp_path, caps
         (["--model", "{folder}", "--prompt", "def " * 99, "--max-new-tokens", "1"], "prompt 0 has"),
         (["--model", "{folder}", "--prompt", "a", "--max-new-tokens", "4", "--seed", "9" * 20], "more than 32 bits"),
         (["--model", "{folder}", "--prompt", "a", "caf\udce9"], r"--prompt 'caf\udce9' is not valid UTF-8"),
+        (["--model", "nowhere", "--port", "0"], "is not a folder"),
+        (["--model", "{folder}", "--port", "70000"], "--port 70000 must lie in 0..65535"),
+        (["--model", "{folder}", "--host", "0.0.0.0"], "needs a key"),
+        (["--model", "{folder}", "--host", "0.0.0.0", "--api-key-file", "nothing"], "cannot be read"),
+        (["--model", "{folder}", "--port", "0", "--chat-format", "r1"], "which the tokenizer lacks"),
+        (["--model", "{folder}", "--port", "0", "--max-num-seqs", "0"], "max_num_seqs=0 must be at least 1"),
+        (["--model", "{folder}", "--port", "0", "--drain-seconds", "nan"], "drain_seconds=nan"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(serve, exported, capsys, arguments, says) -> None:
@@ -123,6 +130,14 @@ def test_bad_input_is_one_message_and_exit_code_2(serve, exported, capsys, argum
     assert says in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_shapes_of_a_server_are_listed(serve, exported, capsys) -> None:
+    arguments = ["--model", str(exported[0]), "--max-num-seqs", "2", "--print-shapes"]
+    assert serve.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("decode") for line in lines)
+    assert 3 <= len(lines) == len(set(lines)) <= 16
 
 
 def test_missing_tokenizer_is_named(serve, exported, tmp_path, capsys) -> None:

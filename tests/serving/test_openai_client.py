@@ -1,6 +1,8 @@
 """What OpenAI's own client gets from a real server."""
 
 import json
+import math
+import re
 
 import httpx
 import numpy as np
@@ -140,6 +142,42 @@ def test_stop_ids_end_a_completion(client) -> None:
     assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
 
 
+def test_log_probabilities_of_a_completion(client) -> None:
+    choice = greedy(client, "Once", logprobs=3).choices[0]
+    found = choice.logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset) == 12
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert math.isclose(top[token], logprob)  # greedy: the likeliest one
+        assert logprob == max(top.values()) <= 0
+        assert 1 <= len(top) <= 4
+    assert found.text_offset == sorted(found.text_offset)
+    pieces = [chunk.choices[0].logprobs for chunk in greedy(client, "Once", logprobs=3, stream=True)]
+    assert [token for piece in pieces for token in piece.tokens] == found.tokens
+    assert [offset for piece in pieces for offset in piece.text_offset] == found.text_offset
+
+
+def test_an_echo_gives_the_prompt_and_its_log_probabilities(client) -> None:
+    read = greedy(client, "Once more", echo=True, logprobs=0, max_tokens=0)
+    [choice] = read.choices
+    assert choice.text == "Once more"
+    assert choice.token_ids == []
+    assert choice.finish_reason == "length"
+    assert choice.logprobs.token_logprobs[0] is None
+    assert all(logprob <= 0 for logprob in choice.logprobs.token_logprobs[1:])
+    assert len(choice.logprobs.tokens) == read.usage.prompt_tokens
+    for token, offset in zip(choice.logprobs.tokens[1:], choice.logprobs.text_offset[1:], strict=True):
+        assert choice.text[offset:].startswith(token)
+
+    both = greedy(client, "Once more", echo=True, logprobs=0, max_tokens=3).choices[0]
+    assert both.text.startswith("Once more")
+    assert len(both.logprobs.tokens) == read.usage.prompt_tokens + 3
+    np.testing.assert_allclose(both.logprobs.token_logprobs[1:-3], choice.logprobs.token_logprobs[1:], atol=1e-5)
+    # The chance of the completion itself, as what follows a longer prompt.
+    ids = [*choice.prompt_token_ids, *both.token_ids]
+    again = greedy(client, ids, echo=True, logprobs=0, max_tokens=0).choices[0]
+    np.testing.assert_allclose(again.logprobs.token_logprobs[-3:], both.logprobs.token_logprobs[-3:], atol=1e-5)
+
+
 def chat(client, content="Hello", **fields):
     fields = {"max_tokens": 8, "temperature": 0, **fields}
     extra = {"ignore_eos": True, **fields.pop("extra_body", {})}
@@ -176,6 +214,16 @@ def test_a_chat_may_be_as_long_as_fits(client, engine) -> None:
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_log_probabilities_of_a_chat(client) -> None:
+    content = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert len(content) == 8
+    for place in content:
+        assert len(place.top_logprobs) == 2
+        assert place.top_logprobs[0].token == place.token
+        assert place.logprob <= 0
+        assert place.bytes is None or place.token.startswith("bytes:") or bytes(place.bytes).decode() == place.token
+
+
 def test_text_is_never_a_mark(client, engine) -> None:
     text = "a<|eos_token|>b"
     answer = chat(client, content=text, extra_body={"return_token_ids": True})
@@ -198,6 +246,8 @@ def test_without_a_tokenizer_ids_go_in_and_out(name, engine_of, golden) -> None:
         answer = greedy(client, prompts, max_tokens=ids.shape[1])
         np.testing.assert_array_equal([choice.token_ids for choice in answer.choices], ids)
         assert [choice.prompt_token_ids for choice in answer.choices] == prompts
+        found = greedy(client, prompts[0], logprobs=1).choices[0].logprobs
+        assert all(re.fullmatch(r"token_id:\d+", token) for token in found.tokens)
         for call in (
             lambda: greedy(client, "text"),
             lambda: greedy(client, prompts[0], stop="text"),
@@ -274,7 +324,7 @@ def test_the_wrong_key_and_a_full_queue(client, engine, golden_model) -> None:
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as other,
         pytest.raises(openai.RateLimitError) as caught,
     ):
-        greedy(other, IDS, n=3)
+        greedy(other, [IDS, IDS], n=16)
     assert int(caught.value.response.headers["retry-after"]) >= 1
 
 

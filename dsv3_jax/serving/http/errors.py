@@ -85,6 +85,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def refused(request: Request, error: Any) -> Response:
         where = f"{request.method} {ascii(request.url.path)[1:-1][:_SHOWN]}"
         message = {
+            400: "The body cannot be read as JSON.",
             404: f"There is no {where}; GET /openapi.json lists all routes.",
             405: f"{where} is not allowed; see the Allow header.",
         }

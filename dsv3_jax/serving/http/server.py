@@ -115,6 +115,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 # Twice what the guard lets through, so that it can answer 431 itself.
                 h11_max_incomplete_event_size=2 * serving.max_header_bytes,
+                timeout_keep_alive=30,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
                 callback_notify=self._watch,
                 timeout_notify=1,
