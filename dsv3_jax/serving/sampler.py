@@ -88,7 +88,7 @@ def _draw(logits: Float[Array, "B V"], positions: Int[Array, "B"], sampling: Sam
     """Draws from softmax(logits / temperature), restricted by min_p, top_k and top_p, where temperature > 0.
 
     Noise of Gumbel's law makes the highest sum a draw from the softmax, and the highest among any set of tokens a draw
-    from that set, renormalised.
+    from that set, renormalised. How a row finds it depends on its own parameters alone.
     """
 
     def noise_of_one(seed, position):
@@ -97,12 +97,37 @@ def _draw(logits: Float[Array, "B V"], positions: Int[Array, "B"], sampling: Sam
 
     below_best = logits - logits.max(axis=-1, keepdims=True)  # so that a tiny temperature gives 0 and -inf, never NaN
     scaled = below_best / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+    scaled = jnp.where(scaled < 0, scaled, 0.0)  # `top_k` takes -0 for less than 0
     noisy = scaled + jax.vmap(noise_of_one)(sampling.seed, positions)
     noisy = jax.lax.optimization_barrier(noisy)  # or its noise is computed once for each of its readers
-    first = _highest(noisy)
+    is_few = (sampling.temperature > 0) & (sampling.top_k > 0) & (sampling.top_k <= min(_FEW, logits.shape[-1]))
     is_cut = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    is_cut &= sampling.temperature > 0
-    return jax.lax.cond(is_cut.any(), lambda: _highest_allowed(scaled, noisy, first, is_cut, sampling), lambda: first)
+    is_cut = (sampling.temperature > 0) & is_cut & ~is_few
+    of_all = _highest(noisy)
+    of_few = jax.lax.cond(is_few.any(), lambda: _highest_of_few(scaled, noisy, sampling), lambda: of_all)
+    of_cut = jax.lax.cond(
+        is_cut.any(), lambda: _highest_allowed(scaled, noisy, of_all, is_cut, sampling), lambda: of_all
+    )
+    return jnp.where(is_few, of_few, of_cut)
+
+
+_FEW = 64
+"""Tokens that `top_k` finds in a fifth of the time of a draw."""
+
+
+def _highest_of_few(scaled: Float[Array, "B V"], noisy: Float[Array, "B V"], sampling: Sampling) -> Int[Array, "B"]:
+    """The highest of `noisy` among the allowed tokens, where top_k is at most `_FEW`."""
+    V = scaled.shape[-1]
+    few = min(_FEW, V)
+    values, ids = jax.lax.top_k(scaled, few)
+    is_in = (_ids(few) < sampling.top_k[:, None]) & (values >= jnp.log(sampling.min_p)[:, None])
+    weight = jnp.where(is_in, jnp.exp(values), 0)
+    mass_before = jnp.cumsum(weight, axis=-1) - weight
+    limit = jnp.where(sampling.top_p < 1, sampling.top_p * weight.sum(axis=-1), jnp.inf)[:, None]
+    is_allowed = (_ids(few) == 0) | (is_in & (mass_before < limit))
+    noisy = jnp.where(is_allowed, jnp.take_along_axis(noisy, ids, axis=-1), -jnp.inf)
+    is_highest = noisy == noisy.max(axis=-1, keepdims=True)
+    return jnp.where(is_highest, ids, V - 1).min(axis=-1)
 
 
 def _highest_allowed(
@@ -112,57 +137,46 @@ def _highest_allowed(
     is_cut: Bool[AnyArray, "B"],
     sampling: Sampling,
 ) -> Int[Array, "B"]:
-    """The highest of `noisy` among the allowed tokens, `first` being the highest of all.
+    """The highest of `noisy` among the allowed tokens where `is_cut`, `first` being the highest of all.
 
     Allowed is a beginning of the tokens in order of likeliness (of equal ones, of ids). So nothing is sorted: a token
     is allowed if those before it are few and light enough; where it is not, the next to try is the highest of them.
-    The first is refused with the probability that the cuts take away; top_k = 1 of V equal tokens takes ln V rounds.
+    Each round costs a few sums over the vocabulary; the first is refused with the probability that the cuts take away.
     """
     ids = _ids(scaled.shape[-1])
     least = jnp.log(sampling.min_p)[:, None]
     weight = jnp.where(scaled >= least, jnp.exp(scaled), 0)
     at_most = jnp.where(sampling.top_k > 0, sampling.top_k, ids.size)
-    limit = jnp.where(sampling.top_p < 1, sampling.top_p * _mass(scaled, weight, sampling), jnp.inf)
+    limit = jnp.where(sampling.top_p < 1, sampling.top_p * _mass(scaled, weight, is_cut, sampling), jnp.inf)
+
+    def likelier_than(token):
+        own = jnp.take_along_axis(scaled, token[:, None], axis=-1)
+        return (scaled > own) | ((scaled == own) & (ids < token[:, None])), own
+
+    def is_refused(token):
+        is_before, own = likelier_than(token)
+        count = is_before.sum(axis=-1, dtype=jnp.int32)
+        mass = jnp.where(is_before, weight, 0).sum(axis=-1)
+        is_beyond = (count >= at_most) | (mass >= limit) | (own < least)[:, 0]
+        return is_beyond & (count > 0)  # the likeliest token is always allowed
 
     def retry(now):
         token, is_open = now
-        own = jnp.take_along_axis(scaled, token[:, None], axis=-1)
-        is_before = (scaled > own) | ((scaled == own) & (ids < token[:, None]))
-        count = is_before.sum(axis=-1, dtype=jnp.int32)
-        mass = jnp.where(is_before, weight, 0).sum(axis=-1)
-        is_refused = (count >= at_most) | (mass >= limit) | (own < least)[:, 0]
-        is_open &= is_refused & (count > 0)  # the likeliest token is always allowed
-        return jnp.where(is_open, _highest(jnp.where(is_before, noisy, -jnp.inf)), token), is_open
+        is_before, _ = likelier_than(token)
+        token = jnp.where(is_open, _highest(jnp.where(is_before, noisy, -jnp.inf)), token)
+        return token, is_open & is_refused(token)
 
-    return jax.lax.while_loop(lambda now: now[1].any(), retry, (first, is_cut))[0]
+    return jax.lax.while_loop(lambda now: now[1].any(), retry, (first, is_cut & is_refused(first)))[0]
 
 
-_FEW = 64
-"""Tokens that `top_k` finds in a fifth of the time of a draw."""
-
-
-def _mass(scaled: Float[Array, "B V"], weight: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B"]:
-    """The weight of the top_k likeliest tokens of each row, of all where top_k is 0.
-
-    A row's sum is made the same way whatever its neighbours need.
-    """
-    V = scaled.shape[-1]
-    few = min(_FEW, V)
-    is_asked = (sampling.top_k > 0) & (sampling.top_p < 1)
-    is_few = sampling.top_k <= few
-    all_of_them = weight.sum(axis=-1)
-
-    def mass_of_few():
-        best = jax.lax.top_k(scaled, few)[0]
-        least = jnp.log(sampling.min_p)[:, None]
-        is_in = (best >= least) & (_ids(few) < sampling.top_k[:, None])
-        return jnp.where(is_in, jnp.exp(best), 0).sum(axis=-1)
-
-    of_few = jax.lax.cond((is_asked & is_few).any(), mass_of_few, lambda: all_of_them)
-    of_many = jax.lax.cond(
-        (is_asked & ~is_few).any(), lambda: _mass_of_many(scaled, weight, sampling.top_k), lambda: all_of_them
-    )
-    return jnp.where(is_asked, jnp.where(is_few, of_few, of_many), all_of_them)
+def _mass(
+    scaled: Float[Array, "B V"], weight: Float[Array, "B V"], is_cut: Bool[AnyArray, "B"], sampling: Sampling
+) -> Float[Array, "B"]:
+    """The weight of the top_k likeliest tokens of each row, of all where top_k is 0."""
+    is_asked = is_cut & (sampling.top_k > 0) & (sampling.top_p < 1)
+    of_all = weight.sum(axis=-1)
+    of_many = jax.lax.cond(is_asked.any(), lambda: _mass_of_many(scaled, weight, sampling.top_k), lambda: of_all)
+    return jnp.where(is_asked, of_many, of_all)
 
 
 def _mass_of_many(
