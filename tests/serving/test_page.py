@@ -1,5 +1,6 @@
 """The page at `/`: its script under Node against a server that cuts its stream anywhere, and whole in Chromium."""
 
+import asyncio
 import base64
 import hashlib
 import html.parser
@@ -15,12 +16,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from fastapi.responses import PlainTextResponse
 
 from dsv3_jax.config.serving import ServingConfig
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.serving.chat_format import ChatFormat
 from dsv3_jax.serving.engine import Engine
+from dsv3_jax.serving.http.guard import Guard
 from dsv3_jax.serving.http.page import page
 from tests.serving.running import MODEL, serving
 from tests.small import make_config, make_variables
@@ -69,6 +73,25 @@ def test_every_control_has_a_name_and_every_name_a_control() -> None:
     assert len(ids) == len(set(ids))
     labelled = re.findall(r'<label for="(\w+)"', HTML) + re.findall(r'<label>[^<]*<\w+ id="(\w+)"', HTML)
     assert {given["id"] for tag, given in TAGS if tag in ("textarea", "input", "select")} == set(labelled)
+
+
+def test_a_browser_shows_the_page_for_the_key() -> None:
+    app = Guard(PlainTextResponse("the page"), serving=ServingConfig(), api_key="the-key")
+    basic = [base64.b64encode(text).decode() for text in (b"me:the-key", b":the-key", b"the-key:", b"me:the-ke", b"x")]
+    right = [f"Basic {basic[0]}", f"basic {basic[1]}", "Bearer the-key"]
+    wrong = [*(f"Basic {one}" for one in basic[2:]), f"Bearer {basic[0]}", "Basic ä", "Basic", "the-key", ""]
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a") as client:
+            for given in right:
+                assert (await client.get("/", headers={"authorization": given.encode()})).text == "the page"
+            for given in wrong:
+                answer = await client.get("/", headers={"authorization": given.encode()})
+                assert (answer.status_code, answer.headers["www-authenticate"]) == (401, 'Basic realm="dsv3-jax"')
+            answer = await client.get("/v1/models")
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+
+    asyncio.run(ask())
 
 
 # The script, under Node

@@ -1,6 +1,7 @@
 """What every request passes before its route: id, headers, key, type and size of the body."""
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import logging
@@ -93,7 +94,7 @@ class Guard:
             return error_response(
                 401,
                 "The API key is missing or wrong; send it as `Authorization: Bearer KEY`.",
-                headers={"www-authenticate": "Bearer"},
+                headers={"www-authenticate": 'Basic realm="dsv3-jax"' if scope["path"] == "/" else "Bearer"},
             )
         if scope["method"] != "POST":
             return None
@@ -103,11 +104,13 @@ class Guard:
         return None
 
     def _has_key(self, scope: Scope) -> bool:
-        given = _header(scope, b"authorization") or b""
-        kind, _, key = given.partition(b" ")
+        """As a bearer's token, or as the password that a browser asks for before it shows the page."""
+        kind, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
+        is_basic = kind.lower() == b"basic"
+        key = _password(given) if is_basic else given.strip()
         # Digests have one length, so the time tells nothing of the key's.
-        is_right = hmac.compare_digest(_digest(key.strip()), self._key or b"")
-        return is_right and kind.lower() == b"bearer"
+        is_right = hmac.compare_digest(_digest(key), self._key or b"")
+        return is_right and (is_basic or kind.lower() == b"bearer")
 
     def _too_large(self) -> Response:
         return error_response(413, f"The body exceeds {self._serving.max_body_bytes} bytes; send a shorter one.")
@@ -168,6 +171,14 @@ def _replayed(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]
 def _header(scope: Scope, name: bytes) -> bytes | None:
     """The first value of a header."""
     return next((value for one, value in scope["headers"] if one == name), None)
+
+
+def _password(given: bytes) -> bytes:
+    """The password of basic credentials, whoever the user is."""
+    try:
+        return base64.b64decode(given, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 def _digest(key: bytes) -> bytes:
