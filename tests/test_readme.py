@@ -55,6 +55,7 @@ CHECKED = {
     "-m dsv3_jax.planning.aot ": "compiles for minutes",
     "--peer": "needs transformers under another Python",
     "--run-dir runs/lite": "needs GPUs, or several processes",
+    "-m dsv3_jax.bench.hostile": "runs for minutes",
     "-m dsv3_jax.bench.parity": "needs a process of its own, for its number of devices",
     "serve.py --model exported --port": "serves until it is stopped",
     "serve.py --model exported --host": "serves until it is stopped",
