@@ -78,22 +78,37 @@ def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
 def serve(app: FastAPI, engine: "Engine", sock: socket.socket) -> int:
     """Answers until SIGTERM, Ctrl-C or SIGHUP; then lets running requests end, and returns 0. Main thread only.
 
-    They get `ServingConfig.drain_seconds`. A second signal ends the process at once.
+    They get `ServingConfig.drain_seconds`. A second signal ends the process at once. Returns 1 where the engine's pages
+    do not add up in the end.
     """
     server, seconds = Server(app, sock), engine.serving.drain_seconds
+    sound: list[bool] = []
     closing = threading.Thread(target=engine.close, daemon=True, name="close")
 
     def drain(number: signal.Signals) -> None:
         LOG.info("%s: no new requests; running ones get %g seconds (again: end at once)", number.name, seconds)
+        has_run = engine.state == "ready"  # else its thread compiles, and answers no question
         if not engine.drain(seconds):
             LOG.warning("the time to drain is over; what still runs is aborted")
+        if has_run:
+            sound.append(_is_sound(engine))
         closing.start()
         server.should_exit = True
 
     with StopRequest(answer=drain):
         server.run()
         closing.join(_CLOSE_SECONDS)
-    return 0
+    return 0 if all(sound) else 1
+
+
+def _is_sound(engine: "Engine") -> bool:
+    """Whether the engine's pages add up; the log has why not."""
+    try:
+        engine.check()
+    except Exception:
+        LOG.exception("the engine's pages do not add up")
+        return False
+    return True
 
 
 class Server(uvicorn.Server):
