@@ -32,9 +32,6 @@ def forward(
     M, block_size = rows.shape[0], _block_size(rows, block_expert)
     gate_up = _joined(gate_up)
 
-    if block_size == 1 and not saves_hidden:
-        return (_forward_of_one_token(rows, gate_up, down, weights, block_expert),)
-
     def feed_forward(start, size, expert):
         hidden = _matmul(_rows(rows, start, size), _pick(gate_up, expert))
         weighted = swiglu(hidden) * _rows(weights, start, size)[:, None]
@@ -137,15 +134,6 @@ def for_each_chunk(
         carry = lax.fori_loop(0, starts_chunk.sum(dtype=jnp.int32), visit, carry)
         size //= 2
     return carry
-
-
-def _forward_of_one_token(rows, gate_up, down, weights, block_expert) -> Float[Array, "M D"]:
-    """Copies the weights of each row's expert, then multiplies all in one batch: fewer steps than a loop has."""
-    expert = jnp.maximum(block_expert, 0)
-    hidden = jnp.einsum("md,mdf->mf", rows, gate_up[expert])
-    weighted = (swiglu(hidden.astype(jnp.float32)) * weights[:, None]).astype(rows.dtype)
-    out = jnp.einsum("mf,mfd->md", weighted, down[expert])
-    return jnp.where(block_expert[:, None] >= 0, out, 0)
 
 
 def _for_two_blocks(
