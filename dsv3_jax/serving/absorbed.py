@@ -1,5 +1,6 @@
 """MLA in the absorbed form: heads read latents as decoding does; the twin of `model.mla.attend_expanded`."""
 
+import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config.model import ModelConfig
@@ -24,13 +25,18 @@ def into_latents(params: Params, q: Queries) -> Float[Array, "B T H X"]:
 
     [q^C·W^UK; q^R], as wide as a row of the cache; `params` come from `absorb`.
     """
-    q_latent = jnp.einsum("bthi,hic->bthc", q.nope, params["k_up"].astype(q.nope.dtype))
-    return jnp.concatenate([q_latent, q.rope], axis=-1)
+    return jnp.concatenate([_by_head(q.nope, params["k_up"]), q.rope], axis=-1)
 
 
 def out_of_latents(params: Params, out: Float[Array, "B T H C"]) -> Float[Array, "B T H W"]:
     """Absorbed form, behind attention: W^UV on what each head gathered of the latents."""
-    return jnp.einsum("bthc,hcw->bthw", out, params["v_up"].astype(out.dtype))
+    return _by_head(out, params["v_up"])
+
+
+def _by_head(x: Float[Array, "B T H A"], w: Float[Array, "H A Z"]) -> Float[Array, "B T H Z"]:
+    """Each head's rows times its weights, the weights on the right: `jnp.einsum` puts them on the left, transposed."""
+    out_HBTZ = jax.lax.dot_general(x, w.astype(x.dtype), (((3,), (1,)), ((2,), (0,))))
+    return jnp.moveaxis(out_HBTZ, 0, 2)
 
 
 def attend_absorbed(
