@@ -1,7 +1,6 @@
 """Whatever meets in the engine, greedy tokens are those of the plain uncached forward."""
 
 import itertools
-import queue
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ import pytest
 
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.serving.engine import Engine
-from dsv3_jax.serving.outputs import Delta, RequestOutput
+from dsv3_jax.serving.outputs import RequestOutput
 from dsv3_jax.serving.params import SamplingParams
+from dsv3_jax.serving.sequence import StepPlan, StepResult
 
 LONGEST = 256
 """Tokens that the golden models have positions for."""
@@ -109,17 +109,16 @@ class Meeting:
         shared = len(whole) if self.case.prefix == "hit" else 64 + int(self.rng.integers(1, 40))
         return [whole[: min(shared, len(prompt))] + prompt[shared:] for prompt in prompts]
 
-    def take(self, delta: Delta) -> None:
-        """A piece of what is measured; with the first one the others come."""
-        self.outputs[delta.index].add(delta)
-        if self.has_begun:
+    def before_step(self, plan: StepPlan) -> None:
+        """Once a sequence that is measured decodes, its neighbour goes and more urgent ones take all slots."""
+        if self.has_begun or not any(work.sequence.params == self.params for work in plan.decodes):
             return
         self.has_begun = True
         self.engine.abort(self.neighbours)
-        if self.case.is_preempted:  # more urgent prompts take all pages
-            for _ in range(4):
-                urgent = SamplingParams(max_tokens=4, ignore_eos=True)
-                self.engine.submit(self.draw(240), urgent, sink=lambda _: None, priority=-1)
+        if self.case.is_preempted:
+            urgent = SamplingParams(max_tokens=12, ignore_eos=True)
+            for _ in range(ROWS):
+                self.engine.submit(self.draw(1), urgent, sink=lambda _: None, priority=-1)
 
     def run(self) -> list[RequestOutput]:
         if self.case.has_aborted_neighbour:
@@ -127,26 +126,22 @@ class Meeting:
             self.neighbours = self.engine.submit(self.draw(150), long, sink=lambda _: None)
         if self.case.streams:
             for delta in self.engine.stream(self.prompts, self.params):
-                self.take(delta)
+                self.outputs[delta.index].add(delta)
             return self.outputs
-        arrived: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-
-        def sink(delta: Delta) -> None:
-            self.take(delta)
-            arrived.put(delta)
-
-        for index, prompt in enumerate(self.prompts):
-            self.engine.submit(prompt, self.params, sink=sink, first_index=index)
-        while not all(output.finish_reason for output in self.outputs):
-            arrived.get()
-        return self.outputs
+        return self.engine.generate(self.prompts, self.params)
 
 
-def check(engine_of: Any, golden_model: Any, name: str, case: Case, seed: int) -> None:
-    engine = engine_of(name, max_num_batched_tokens=case.chunk)
-    before = engine.describe()["preemptions"]
-    outputs = Meeting(engine, case, seed).run()
-    check_greedy(*golden_model(name), outputs)
+def check(engine: Engine, model: Any, case: Case, seed: int) -> None:
+    before, meeting, run = engine.describe()["preemptions"], Meeting(engine, case, seed), engine._runner.run
+
+    def run_watched(plan: StepPlan) -> StepResult:
+        meeting.before_step(plan)
+        return run(plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._runner, "run", run_watched)
+        outputs = meeting.run()
+    check_greedy(*model, outputs)
     if case.is_preempted:
         assert engine.describe()["preemptions"] > before
     hits = sum(output.num_cached_tokens for output in outputs)
@@ -157,7 +152,7 @@ def check(engine_of: Any, golden_model: Any, name: str, case: Case, seed: int) -
 @pytest.mark.parametrize("name", ["tiny_a", "tiny_c"])
 @pytest.mark.parametrize("case", PAIRWISE, ids=str)
 def test_pairs(engine_of, golden_model, name: str, case: Case) -> None:
-    check(engine_of, golden_model, name, case, seed=PAIRWISE.index(case))
+    check(engine_of(name, max_num_batched_tokens=case.chunk), golden_model(name), case, seed=PAIRWISE.index(case))
 
 
 @pytest.mark.slow
@@ -166,4 +161,4 @@ def test_pairs(engine_of, golden_model, name: str, case: Case) -> None:
 def test_all_combinations(engine_of, golden_model, name: str, chunk: int) -> None:
     for seed, case in enumerate(ALL):
         if case.chunk == chunk:
-            check(engine_of, golden_model, name, case, seed=100 + seed)
+            check(engine_of(name, max_num_batched_tokens=chunk), golden_model(name), case, seed=100 + seed)
