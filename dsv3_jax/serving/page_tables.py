@@ -1,6 +1,6 @@
 """The pages of every sequence: those that hold what it begins with already, and its own behind them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Container
 
 from dsv3_jax.config.serving import PAGE_SIZE
 from dsv3_jax.serving.pages import KeyChain, PagePool
@@ -92,15 +92,16 @@ class PageTables:
         self._chains.clear()
         self._computing.clear()
 
-    def check(self, running: Iterable[Sequence]) -> None:
-        """Raises unless free + cached + referenced pages == total, and running sequences have the pages they need."""
-        running = list(running)
+    def check(self, running: Collection[Sequence], *, live: Container[int]) -> None:
+        """Raises unless free + cached + referenced pages == total, and only `live` sequences are remembered."""
         self._pool.check(page for sequence in running for page in sequence.pages)
         if any(one.num_computed > len(one.pages) * PAGE_SIZE for one in running):
             raise RuntimeError("a running sequence has more tokens computed than its pages hold.")
         ids = {sequence.id for sequence in running}
         if any(owner.id not in ids for owner in self._computing.values()):
             raise RuntimeError("a page is awaited from a sequence that does not run.")
+        if any(one not in live for one in self._chains):
+            raise RuntimeError("the keys of a sequence's pages outlive it.")
 
     def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
         """Keys of its first pages; none where pages are not shared."""

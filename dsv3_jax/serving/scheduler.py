@@ -179,7 +179,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises unless free + cached + referenced pages == total, and every sequence is in the one place it should."""
-        self._tables.check(self._running)
+        self._tables.check(self._running, live=self._notes)
         for sequences, status in ((self._waiting, Status.WAITING), (self._running, Status.RUNNING)):
             if sequences != sorted(sequences, key=_rank) or any(one.status is not status for one in sequences):
                 raise RuntimeError(f"{status.value} sequences are out of order: {[one.id for one in sequences]}.")

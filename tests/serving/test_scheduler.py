@@ -95,6 +95,12 @@ def test_a_prompt_of_higher_priority_comes_before_running_prompts():
     assert [engine.step() for _ in range(2)] == [{2: 16}, {2: 4, 0: 12}]
 
 
+def test_a_page_is_spare_for_every_two_that_run_when_another_starts():
+    engine = Engine(num_pages=3)
+    engine.add(*(completion(i, prompt(20, seed=i), max_tokens=5, min_tokens=5) for i in range(3)))
+    assert set(engine.step()) == {0, 1}
+
+
 def test_who_waits_with_a_higher_priority_takes_the_place_of_the_youngest_of_the_lowest():
     engine = Engine(max_num_seqs=2)
     low = [completion(i, prompt(20, seed=i), max_tokens=20, min_tokens=20, priority=1) for i in range(2)]
@@ -111,9 +117,10 @@ def test_nobody_is_preempted_for_one_that_would_not_fit_even_so():
     engine = Engine(num_pages=4)
     engine.add(completion(0, prompt(130), max_tokens=40, min_tokens=40))
     engine.step()
-    engine.add(completion(1, prompt(5, seed=1), max_tokens=40, min_tokens=40, priority=1))
     engine.step()
-    engine.add(completion(2, prompt(100, seed=2)))
+    engine.add(completion(1, [*prompt(128), 1, 2], max_tokens=40, min_tokens=40, priority=1))
+    engine.step()
+    engine.add(completion(2, prompt(100, seed=2)))  # two pages, and 1 has one that nobody shares
     assert set(engine.step()) == {0, 1}
 
 
@@ -398,6 +405,7 @@ def test_a_sequence_that_just_fits_runs():
     engine.finish()
     assert_right(first, sequence)
     assert len(sequence.tokens) == 4 * PAGE_SIZE
+    assert sequence.num_preemptions == 0
 
 
 def test_a_step_without_its_token_is_an_error():

@@ -103,33 +103,35 @@ class Serving(RuleBasedStateMachine):
     def _of_age(self, age: int) -> Sequence:
         return self.added[-1 - age % len(self.added)]
 
-    @precondition(lambda self: self.added)
-    @rule(age=st.integers(0, 9), is_amid_step=st.booleans())
-    def abort(self, age, is_amid_step):
-        plan, result = self._run(1) if is_amid_step else NO_STEP
-        number = self._of_age(age).id
-        self._end(self.scheduler.abort(number), number, "abort")
-        self._accept(self.scheduler.update(plan, result))
-
-    @precondition(lambda self: self.added)
-    @rule(age=st.integers(0, 9))
-    def meet_stop_string(self, age):
-        number = self._of_age(age).id
-        self._end(self.scheduler.finish(number, "stop"), number, "stop")
-
-    @rule(count=st.integers(1, 6), num_tokens=st.sampled_from([1, 1, 1, 2, 3]))
+    @rule(count=st.integers(1, 12), num_tokens=st.sampled_from([1, 1, 1, 2, 3]))
     def step(self, count, num_tokens):
         for _ in range(count):
             plan, result = self._run(num_tokens)
             self._accept(self.scheduler.update(plan, result))
 
-    @rule(is_amid_step=st.booleans(), fingerprint=st.sampled_from([b"0", b"1"]))
-    def update_weights(self, is_amid_step, fingerprint):
+    @precondition(lambda self: self.added)
+    @rule(
+        event=st.sampled_from(["abort", "abort", "stop", "weights"]),
+        age=st.integers(0, 9),
+        fingerprint=st.sampled_from([b"0", b"1"]),
+        is_amid_step=st.booleans(),
+    )
+    def interrupt(self, event, age, fingerprint, is_amid_step):
         plan, result = self._run(1) if is_amid_step else NO_STEP
+        number = self._of_age(age).id
+        if event == "weights":
+            self._change_weights(fingerprint)
+        elif event == "stop":  # a string, which the output thread meets
+            self._end(self.scheduler.finish(number, "stop"), number, "stop")
+        else:
+            self._end(self.scheduler.abort(number), number, "abort")
+        self._accept(self.scheduler.update(plan, result))
+
+    def _change_weights(self, fingerprint: bytes) -> None:
+        """With a fingerprint that may not tell them apart."""
         self.runner.version += 1
-        self.scheduler.forget_pages(fingerprint)  # whether it tells the weights apart or not
+        self.scheduler.forget_pages(fingerprint)
         assert self.scheduler.num_running == 0
-        assert self.scheduler.update(plan, result) == []
         for sequence in self.live.values():
             self._set_latest_start(sequence)
 
@@ -148,10 +150,14 @@ class Serving(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
+        num_operations = self.seen["operations"]
+        for number in sorted(self.live)[2:]:
+            self._end(self.scheduler.abort(number), number, "abort")
         for _ in range(sum(len(one.prompt) + one.max_tokens for one in self.live.values())):
             if self.live:
-                plan, result = self._run(1)
+                plan, result = self._run(2)
                 self._accept(self.scheduler.update(plan, result))
+        self.seen["operations"] = num_operations  # the end is always the same, and does not count
         assert not self.live, "somebody starves"
         self.scheduler.check()
         assert self.scheduler.usage == 0
