@@ -26,13 +26,13 @@ def fingerprint(cfg: ModelConfig, variables: Variables, *, functions: Functions)
 
 
 @jax.jit
-def _checksums(leaves: list[Array]) -> UInt[Array, "n 2"]:
-    """Two sums of each leaf's bits modulo 2^32, one of them weighted by the place."""
+def _checksums(leaves: list[Array]) -> UInt[Array, "n"]:
+    """The sum of each leaf's bits modulo 2^32, weighted by the place."""
     return jnp.stack([_checksum(leaf) for leaf in leaves])
 
 
-def _checksum(leaf: Array) -> UInt[Array, "2"]:
+def _checksum(leaf: Array) -> UInt[Array, ""]:
     of_size = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(leaf, of_size).astype(jnp.uint32).reshape(-1)
-    places = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # odd, so that no factor loses a bit
-    return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * places).sum(dtype=jnp.uint32)])
+    places = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # odd, so that no change of one element is lost
+    return (bits * places).sum(dtype=jnp.uint32)
