@@ -57,21 +57,37 @@ class Batch(NamedTuple):
 
 
 def batches_of(plan: StepPlan, shapes: Shapes) -> list[Batch]:
-    """Long chunks by themselves, then decoding sequences and short tails as rows, a token each.
+    """Chunks, alone or a few short ones together, then decoding sequences and short tails as rows, a token each.
 
     A tail's rows are in order, behind the chunk that they continue: what one launch reads, another has written before.
     """
-    rows, launches = [Item(index, work, *work[1:]) for index, work in enumerate(plan.decodes)], []
+    rows, chunks = [Item(index, work, *work[1:]) for index, work in enumerate(plan.decodes)], []
     for index, work in enumerate(plan.chunks, len(plan.decodes)):
         in_chunk = _count_in_chunk(work, shapes)
         if in_chunk:
-            tokens = empty_batch(1, *shapes.chunk_for(work.start, in_chunk))
-            launches.append(_filled([Item(index, work, work.start, in_chunk)], tokens, is_chunk=True))
+            chunks.append(Item(index, work, work.start, in_chunk))
         rows += [Item(index, work, work.start + i, 1) for i in range(in_chunk, work.count)]
-    for some in _split(rows, shapes.rows[-1]):
-        tokens = empty_batch(shapes.rows_for(len(some)), 1, shapes.table_width)
-        launches.append(_filled(some, tokens, is_chunk=False))
+    launches = []
+    for items in _packed(chunks, shapes):
+        size = shapes.chunk_for(items[0].start, items[0].count)
+        empty = empty_batch(1, *size) if len(items) == 1 else empty_batch(*shapes.packed, shapes.table_width)
+        launches.append(_filled(items, empty, is_chunk=True))
+    for items in _split(rows, shapes.rows[-1]):
+        empty = empty_batch(shapes.rows_for(len(items)), 1, shapes.table_width)
+        launches.append(_filled(items, empty, is_chunk=False))
     return launches
+
+
+def _packed(chunks: list[Item], shapes: Shapes) -> list[list[Item]]:
+    """Groups of short chunks that are cheaper together, and the others alone."""
+    if shapes.packed is None:
+        return [[item] for item in chunks]
+    most, size = shapes.packed
+    is_short = [size // 2 < item.count <= size and not asks_prompt_logprobs(item.work) for item in chunks]
+    groups = [[item] for item, short in zip(chunks, is_short, strict=True) if not short]
+    for some in _split([item for item, short in zip(chunks, is_short, strict=True) if short], most):
+        groups += [some] if len(some) > most // 2 else [[item] for item in some]
+    return groups
 
 
 def _count_in_chunk(work: Work, shapes: Shapes) -> int:

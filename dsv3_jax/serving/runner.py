@@ -92,8 +92,8 @@ class Runner:
         width = self._shapes.table_width
         for tokens in [empty_batch(size, 1, width) for size in self._shapes.rows]:
             self._exercise(Batch([], tokens, is_chunk=False))
-        for tokens in [empty_batch(1, size, width) for size, width in self._shapes.chunks]:
-            self._exercise(Batch([], tokens, is_chunk=True))
+        for size in self._shapes.chunk_batches:
+            self._exercise(Batch([], empty_batch(*size), is_chunk=True))
         jax.block_until_ready(self._pages)
 
     def shapes(self) -> list[str]:
@@ -110,7 +110,7 @@ class Runner:
         ids = programs.draw_rows(*draw_arguments(ran.logits, self._edits.table))
         programs.find_logprobs(ran.logits, ids, width=self._width)
         self._edits.exercise(ids)
-        if batch.is_chunk:
+        if batch.is_chunk and len(ids) == 1:
             self._find_prompt_logprobs(ran, np.zeros(batch.tokens.ids.shape[1], np.int32))
 
     def _step(self, batch: Batch) -> programs.Ran:

@@ -10,6 +10,8 @@ from dsv3_jax.serving.paged_steps import extends
 LONGEST_TAIL = 8
 """Tokens of a chunk that join the decoding sequences, as a row each, which costs less than a program of their own."""
 SHORTEST_CHUNK, MOST_CHUNKS = 16, 6
+PACKED = 4
+"""Short chunks that one program reads: four of a quarter of the longest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Shapes:
     """(tokens, pages of the table) of the programs for chunks, the cheapest first."""
     table_width: int
     """Pages of the longest sequence."""
+    packed: tuple[int, int] | None
+    """(sequences, tokens of each) of the program for several short chunks at once, if there is one."""
     batch_invariant: bool
     """A prompt's tokens go through the one program for chunks, generated ones through the one for decoding."""
 
@@ -32,6 +36,12 @@ class Shapes:
     def drawn(self) -> tuple[int, ...]:
         """Rows that the sampler draws for: those of the decoding program, and the one of a chunk."""
         return tuple(sorted({1, *self.rows}))
+
+    @property
+    def chunk_batches(self) -> list[tuple[int, int, int]]:
+        """(sequences, tokens, pages) of every program for chunks."""
+        alone = [(1, tokens, pages) for tokens, pages in self.chunks]
+        return alone if self.packed is None else [*alone, (*self.packed, self.table_width)]
 
     def rows_for(self, count: int) -> int:
         """The fewest rows that hold `count` of them."""
@@ -56,8 +66,11 @@ def shapes_of(cfg: ModelConfig, serving: ServingConfig, *, on_cpu: bool) -> Shap
         f"max_num_batched_tokens={budget} is less than max_num_seqs={serving.max_num_seqs} (ServingConfig).",
     )
     if serving.batch_invariant:
-        return Shapes(num_pages, budget, (serving.max_num_seqs,), ((most, width),), width, True)
-    return Shapes(num_pages, budget, _rows(serving.max_num_seqs), _chunks(cfg, most, width), width, False)
+        return Shapes(num_pages, budget, (serving.max_num_seqs,), ((most, width),), width, None, True)
+    quarter = most // PACKED
+    is_packed = quarter >= SHORTEST_CHUNK and serving.max_num_seqs >= PACKED and extends(cfg, quarter)
+    packed = (PACKED, quarter) if is_packed else None
+    return Shapes(num_pages, budget, _rows(serving.max_num_seqs), _chunks(cfg, most, width), width, packed, False)
 
 
 def _rows(max_num_seqs: int) -> tuple[int, ...]:

@@ -47,10 +47,7 @@ def step_programs(
     run_rows = partial(programs.run_rows, cfg, functions=functions)
     draw_rows = partial(programs.draw_rows)
     chunks = [
-        Program(
-            f"chunk of {size} tokens, table of {width} pages", run_chunk, (weights, pool, empty_batch(1, size, width))
-        )
-        for size, width in shapes.chunks
+        Program(_chunk_name(*size), run_chunk, (weights, pool, empty_batch(*size))) for size in shapes.chunk_batches
     ]
     rows = [
         Program(
@@ -103,6 +100,11 @@ def draw_arguments(logits: Any, table: Edits) -> tuple[Any, ...]:
     size, vocab_size = logits.shape
     neutral = np.full(size, len(table.counts) - 1, np.int32)
     return logits, np.zeros(size, np.int32), sampling_rows([None] * size, vocab_size=vocab_size), table, neutral
+
+
+def _chunk_name(num_sequences: int, num_tokens: int, num_pages: int) -> str:
+    several = f"{num_sequences} chunks" if num_sequences > 1 else "chunk"
+    return f"{several} of {num_tokens} tokens, table of {num_pages} pages"
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:

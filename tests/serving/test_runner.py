@@ -13,11 +13,12 @@ from dsv3_jax.config.check import ConfigError
 from dsv3_jax.config.serving import PAGE_SIZE, ServingConfig
 from dsv3_jax.serving import edits, programs
 from dsv3_jax.serving import runner as runner_module
-from dsv3_jax.serving.batches import empty_batch
+from dsv3_jax.serving.batches import batches_of, empty_batch
 from dsv3_jax.serving.generate import generate
 from dsv3_jax.serving.params import SamplingParams
 from dsv3_jax.serving.runner import Runner
 from dsv3_jax.serving.sequence import Drawn, Sequence, StepPlan, Work
+from tests.small import make_config, make_variables
 
 ROOM = ServingConfig(max_num_seqs=4, num_pages=2000, max_num_batched_tokens=24, max_logprobs=3)
 
@@ -102,6 +103,24 @@ def test_tokens_are_those_of_the_uncached_forward(runner: Runner, base, slowly) 
     host.step((middle, 1), (long, 1))
     for sequence, row, count in zip((long, short, middle), expected, (8, 7, 5)):
         np.testing.assert_array_equal(generated(sequence), row[:count])
+
+
+def test_short_prompts_are_read_together_as_they_are_alone() -> None:
+    """Four of them by one program, each behind what it had; a fifth by itself."""
+    cfg = make_config(mla={"nope_head_dim": 12, "v_head_dim": 9})
+    runner = Runner(cfg, make_variables(cfg), dataclasses.replace(ROOM, max_num_batched_tokens=64))
+    prompts = prompts_of(cfg.vocab_size, 14, 13, 16, 15, 12)
+    host, alone = Host(runner), Host(runner)
+    together = [host.add(prompt, logprobs=3) for prompt in prompts]
+    host.step((together[0], 3))
+    works = tuple(Work(one, one.num_computed, len(one.prompt) - one.num_computed) for one in together)
+    assert [len(batch.items) for batch in batches_of(StepPlan((), works), runner._shapes)] == [4, 1]
+    drawn = host.step(*((work.sequence, work.count) for work in works))
+    for prompt, found in zip(prompts, drawn):
+        (expected,) = alone.step((alone.add(prompt, logprobs=3), len(prompt)))
+        assert found.tokens == expected.tokens
+        for one, other in zip(logprobs_of(found), logprobs_of(expected)):
+            np.testing.assert_allclose(one.logprob, other.logprob, atol=1e-5)
 
 
 def test_a_request_draws_the_tokens_of_generate(runner: Runner, base) -> None:

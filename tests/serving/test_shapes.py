@@ -42,7 +42,7 @@ def test_shapes_are_few_by_default() -> None:
     for cfg in (BASE, LONG, ModelConfig()):
         for on_cpu in (True, False):
             shapes = shapes_of(cfg, ServingConfig(), on_cpu=on_cpu)
-            assert len(shapes.rows) + len(shapes.chunks) + len(shapes.drawn) <= 16
+            assert len(shapes.rows) + len(shapes.chunk_batches) + len(shapes.drawn) <= 16
 
 
 def test_defaults_follow_model_and_device() -> None:
@@ -56,7 +56,7 @@ def test_defaults_follow_model_and_device() -> None:
 def test_batch_invariance_leaves_one_shape_of_each_kind() -> None:
     shapes = shapes_of(ModelConfig(), ServingConfig(batch_invariant=True), on_cpu=False)
     assert shapes.rows == (16,)
-    assert len(shapes.chunks) == 1
+    assert len(shapes.chunk_batches) == 1
 
 
 def test_a_budget_below_the_running_sequences_is_refused() -> None:
