@@ -338,7 +338,7 @@ def test_models_and_tokens(client, engine) -> None:
     headers = {"authorization": f"Bearer {KEY}"}
 
     def post(route, **body):
-        return httpx.post(root + route, json=body, headers=headers).raise_for_status().json()
+        return httpx.post(root + route, json=body, headers=headers, timeout=120).raise_for_status().json()
 
     cut = post("/tokenize", prompt="the 🙂", return_token_strs=True)
     assert cut["tokens"] == engine.tokenizer.prompt("the 🙂")

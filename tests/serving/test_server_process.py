@@ -80,7 +80,9 @@ def test_sigterm_lets_requests_end_and_leaves_nothing(golden) -> None:
     arguments = ("-c", PROGRAM, "0", "60", str(golden / "hf" / "tiny_a"))
     with process(*arguments) as (child, url, lines), streaming(url, 250) as events:
         child.send_signal(signal.SIGTERM)
-        while (refused := httpx.post(f"{url}/v1/completions", json=BODY | {"max_tokens": 1})).status_code == 200:
+        while (
+            refused := httpx.post(f"{url}/v1/completions", json=BODY | {"max_tokens": 1}, timeout=120)
+        ).status_code == 200:
             time.sleep(0.005)
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
