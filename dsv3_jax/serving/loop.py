@@ -8,11 +8,12 @@ from typing import Any
 
 from dsv3_jax.data.tokenizer import TextTokenizer
 from dsv3_jax.serving.emitter import Emitter, Sink
+from dsv3_jax.serving.errors import RequestError
 from dsv3_jax.serving.mailbox import Mailbox
 from dsv3_jax.serving.metrics import Metrics
 from dsv3_jax.serving.runner import Runner
 from dsv3_jax.serving.scheduler import Scheduler
-from dsv3_jax.serving.sequence import Sequence
+from dsv3_jax.serving.sequence import Drawn, Progress, Sequence
 
 log = logging.getLogger("dsv3_jax.serving")
 
@@ -90,7 +91,11 @@ class Loop:
                 self._num_arriving_tokens -= len(sequence.prompt)
             if not self.scheduler.has_work:
                 self._last_step = time.monotonic()  # what a stall is counted from
-            self.scheduler.add(sequence)
+            try:
+                self.scheduler.add(sequence)
+            except RequestError:
+                log.exception("request %s: the scheduler refuses what was admitted; it is ended", request_id)
+                self._emitter.put([Progress(sequence, Drawn(()), "abort")])
 
         self._mailbox.post_locked(arrive)
 
