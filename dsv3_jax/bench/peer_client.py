@@ -57,7 +57,11 @@ class Worker:
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        self._process.wait(timeout=60)
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # in the middle of a request
+            self._process.kill()
+            self._process.wait()
         self._process.stdout.close()
 
 

@@ -63,8 +63,9 @@ def measure(
         take_turns(programs, rounds=1)  # compiles
         with _step_thread_time() as spent:
             engine.generate(_ids(prompts[:8]), _greedy(_NEW))
+        memory = _memory_line(engine)
         seconds = take_turns(programs, rounds=rounds)
-    return _lines(seconds, host_ms=1e3 * spent["seconds"] / _NEW), seconds
+    return [*_lines(seconds, host_ms=1e3 * spent["seconds"] / _NEW), memory], seconds
 
 
 def _in_process(cfg: RunConfig, variables: Variables, engine: Engine, prompts: list[Request]) -> Programs:
@@ -97,6 +98,15 @@ def _of_peers(peers: Peers, folder: Path, prompts: list[Request], stack: context
             programs[f"llama.cpp batch {count}"] = lambda rows=rows: llama.generate(rows, _NEW)[0]
     check(bool(programs), f"--peer {peers.python}: has neither transformers[serving] nor llama_cpp and gguf; give one.")
     return programs
+
+
+def _memory_line(engine: Engine) -> Line:
+    """The most that a step's program holds beside its arguments: a copy of the pool would be more than all of it."""
+    runner = engine._runner
+    steps = [program for program in runner._steps() if not program.name.startswith("sample")]
+    found: list[Any] = [program.compile().memory_analysis() for program in steps]
+    most = max(memory.temp_size_in_bytes for memory in found)
+    return at_most("temporary memory of a compiled step, of the pool", 100 * most / runner._pages.nbytes, 10.0, "%")
 
 
 def _lines(seconds: Mapping[str, list[float]], *, host_ms: float | None) -> list[Line]:

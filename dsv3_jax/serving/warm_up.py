@@ -32,10 +32,10 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     """Arrays, or what stands for them."""
 
-    def compile(self) -> None:
+    def compile(self) -> jax.stages.Compiled:
         """So that calls with arrays of these shapes find it."""
         settings = self.function.keywords
-        self.function.func.lower(*self.function.args, *self.arguments, **settings).compile()
+        return self.function.func.lower(*self.function.args, *self.arguments, **settings).compile()
 
 
 def step_programs(
