@@ -129,7 +129,7 @@ def test_a_seed_gives_the_same_tokens_alone_and_among_fifteen_neighbours(engine_
     before = engine.describe()["preemptions"]
     company = engine.generate(prompts, params)
     assert engine.describe()["preemptions"] > before
-    for row in (0, 4, 5, 6, 7, 12):
+    for row in (0, 5, 6, 7, 13):  # three of them are preempted
         alone = engine.generate([prompts[row]], [params[row]])[0]
         assert alone.token_ids == company[row].token_ids, row
     engine.check()
