@@ -12,7 +12,7 @@ PACKAGES = {
     "dsv3_jax": Path("dsv3_jax/typing.py"),
     "kernels/dsv3_kernels": Path("kernels/dsv3_kernels/__init__.py"),
 }
-SPELLED_OUT = {"batch", "columns", "places", "slots", "stages", "ticks"}
+SPELLED_OUT = {"batch", "columns", "places", "slots", "stages", "ticks", "width"}
 """Names that are words."""
 
 

@@ -37,15 +37,15 @@ def mla_decode_loops(
 
 
 def _attend(
-    query: Float[Array, "X Y"],
+    query: Float[Array, "M X"],
     page_ids: Int32[Array, "P"],
     length: Int32[Array, ""],
     *,
     kv_pages: Shaped[Array, "N 64 W"],
-    behind: Int32[Array, "X"],
+    behind: Int32[Array, "M"],
     latent_dim: int,
     softmax_scale: float,
-) -> tuple[Float32[Array, "X C"], Float32[Array, "X"]]:
+) -> tuple[Float32[Array, "M C"], Float32[Array, "M"]]:
     """One sequence; the last key that a query sees lies `behind` the sequence's end."""
     page_size = kv_pages.shape[1]
     last_visible = length - behind
