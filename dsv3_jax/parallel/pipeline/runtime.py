@@ -156,7 +156,10 @@ def _opened(carry: Any, tick: Tick) -> Any:
     buffers, *sums = carry
     slots = Buffers(tick.f_input, tick.b_gradient, tick.b_stored, tick.b_end)
     read = Buffers(*map(_read, buffers, slots))
-    return lax.optimization_barrier((buffers, read)), *sums
+    # Each by itself: old versions of jax type all results of a barrier as varying over the axes of any operand.
+    pairs = map(lax.optimization_barrier, zip(jax.tree.leaves(buffers), jax.tree.leaves(read), strict=True))
+    opened = tuple(jax.tree.unflatten(jax.tree.structure(buffers), leaves) for leaves in zip(*pairs, strict=True))
+    return opened, *sums
 
 
 def _store(buffers: Buffers, passed: Passed, tick: Tick) -> Buffers:
