@@ -59,7 +59,7 @@ def edit_row(sequence: Sequence, vocab_size: int) -> Edits:
         repetition=np.array(_float32(params.repetition_penalty), np.float32),
         presence=np.array(params.presence_penalty, np.float32),
         frequency=np.array(params.frequency_penalty, np.float32),
-        may_stop_from=np.array(length + params.min_tokens, np.int32),
+        may_stop_from=np.array(length + min(params.min_tokens, sequence.max_tokens), np.int32),
     )
 
 

@@ -216,6 +216,12 @@ def test_a_chat_may_be_as_long_as_fits(client, engine) -> None:
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_more_tokens_than_fit_may_be_the_least(client) -> None:
+    for max_tokens in (4, None):
+        answer = chat(client, max_tokens=max_tokens, extra_body={"min_tokens": 10**12, "ignore_eos": False})
+        assert answer.choices[0].finish_reason == "length"
+
+
 def test_log_probabilities_of_a_chat(client) -> None:
     content = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert len(content) == 8

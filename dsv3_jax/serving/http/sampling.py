@@ -15,6 +15,9 @@ _COLDEST = 1e-5
 _LEAST_TOP_P = 1e-6
 """float32 cannot tell less from 0, which is no share."""
 
+_MANY = 2**30
+"""More tokens than any completion has; positions are 32-bit numbers."""
+
 _ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
@@ -49,7 +52,7 @@ def _params(
     temperature = 1.0 if body.temperature is None else body.temperature
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=min(body.min_tokens or 0, body.min_tokens or 0 if max_tokens is None else max_tokens),
+        min_tokens=min(body.min_tokens or 0, _MANY if max_tokens is None else max_tokens),
         temperature=0.0 if temperature < _COLDEST else temperature,
         top_k=max(body.top_k or 0, 0),
         top_p=1.0 if body.top_p is None else max(body.top_p, _LEAST_TOP_P),
