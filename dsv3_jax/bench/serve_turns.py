@@ -52,7 +52,8 @@ def measure(
     )
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(Engine(cfg.model, variables, ServingConfig(max_num_seqs=32)))
-        programs = _in_process(cfg, variables, engine, prompts)
+        invariant = stack.enter_context(Engine(cfg.model, variables, ServingConfig(batch_invariant=True)))
+        programs = _in_process(cfg, variables, engine, invariant, prompts)
         ours = stack.enter_context(our_server(folder))
         target, _ = asyncio.run(find(ours.url, model=None, key=None, is_plain=False))
         programs |= {f"server batch {count}": _load(target, prompts[:count]) for count in (1, 8)}
@@ -68,19 +69,22 @@ def measure(
     return [*_lines(seconds, host_ms=1e3 * spent["seconds"] / _NEW), memory], seconds
 
 
-def _in_process(cfg: RunConfig, variables: Variables, engine: Engine, prompts: list[Request]) -> Programs:
+def _in_process(
+    cfg: RunConfig, variables: Variables, engine: Engine, invariant: Engine, prompts: list[Request]
+) -> Programs:
     def generating(count: int) -> Callable[[], float]:
         ids = np.array(_ids(prompts[:count]))
         return lambda: _timed(lambda: generate(cfg.model, variables, ids, _NEW))
 
-    def serving(count: int, params: SamplingParams) -> Callable[[], float]:
+    def serving(engine: Engine, count: int, params: SamplingParams) -> Callable[[], float]:
         return lambda: _timed(lambda: engine.generate(_ids(prompts[:count]), params))
 
     greedy, top_p = _greedy(_NEW), dataclasses.replace(_greedy(_NEW), temperature=1.0, top_p=0.9, seed=0)
     return {
         **{f"generate batch {count}": generating(count) for count in (1, 8)},
-        **{f"engine batch {count}": serving(count, greedy) for count in (1, 8, 16, 32)},
-        "engine top-p batch 8": serving(8, top_p),
+        **{f"engine batch {count}": serving(engine, count, greedy) for count in (1, 8, 16, 32)},
+        "engine top-p batch 8": serving(engine, 8, top_p),
+        **{f"engine batch-invariant batch {count}": serving(invariant, count, greedy) for count in (1, 8)},
     }
 
 
@@ -120,6 +124,9 @@ def _lines(seconds: Mapping[str, list[float]], *, host_ms: float | None) -> list
         at_least("server with 8 streaming clients over engine", server / engine, 0.75, "times"),
         at_most("a token by top-p over one by greed, batch 8", engine / rate["engine top-p batch 8"], 1.1, "times"),
     ]
+    for count in (1, 8):
+        cost = rate[f"engine batch {count}"] / rate[f"engine batch-invariant batch {count}"]
+        lines.append(Line(f"a token with --batch-invariant over one without, batch {count}", cost, "times"))
     if host_ms is not None:
         lines.append(at_most("processor time of the step thread, a step at batch 8", host_ms, 1.5, "ms"))
     for peer, at_1, at_8 in (("transformers serve", 3.0, 5.0), ("llama.cpp", 1.0, 1.0)):

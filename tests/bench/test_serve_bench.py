@@ -75,10 +75,12 @@ def test_lines_compare_with_what_takes_turns():
         **{f"engine batch {count}": [1.0, 3.0] for count in (1, 8, 16, 32)},
         **{f"server batch {count}": [1.25] for count in (1, 8)},
         "engine top-p batch 8": [1.2],
+        **{f"engine batch-invariant batch {count}": [1.5] for count in (1, 8)},
         "transformers serve batch 8": [5.0],
     }
     lines = {line.what: line for line in serve_turns._lines(times, host_ms=2.0)}
     assert lines["engine batch 16, 32 + 128 tokens"].value == 16 * 128
+    assert lines["a token with --batch-invariant over one without, batch 8"].value == 1.5
     met = {what: (pytest.approx(line.value), line.is_met) for what, line in lines.items() if line.is_met is not None}
     assert met == {
         "engine over generate, batch 8": (1.0, True),
