@@ -70,6 +70,7 @@ class Engine:
                 max_num_batched_tokens=runner.max_num_batched_tokens,
                 fingerprint=runner.fingerprint,
                 prefix_cache=self.serving.prefix_cache,
+                share_completions=not self.serving.batch_invariant,
             ),
             self._mailbox,
             tokenizer=tokenizer,

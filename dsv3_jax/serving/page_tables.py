@@ -10,9 +10,10 @@ from dsv3_jax.serving.sequence import Sequence, Work
 class PageTables:
     """Fills `Sequence.pages` from a pool, and finds full pages again by their tokens where `is_shared`."""
 
-    def __init__(self, num_pages: int, *, fingerprint: bytes, is_shared: bool):
+    def __init__(self, num_pages: int, *, fingerprint: bytes, is_shared: bool, with_completions: bool = True):
+        """Pages of completions are found again only `with_completions`: decoding may write other last bits."""
         self._pool = PagePool(num_pages)
-        self._fingerprint, self._is_shared = fingerprint, is_shared
+        self._fingerprint, self._is_shared, self._with_completions = fingerprint, is_shared, with_completions
         self._chains: dict[int, KeyChain] = {}
         self._computing: dict[bytes, Sequence] = {}
         """Who will publish the page of a key."""
@@ -104,9 +105,11 @@ class PageTables:
             raise RuntimeError("the keys of a sequence's pages outlive it.")
 
     def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
-        """Keys of its first pages; none where pages are not shared."""
+        """Keys of its first pages, of those that may be shared."""
         if not self._is_shared:
             return []
+        if not self._with_completions:
+            num_pages = min(num_pages, len(sequence.prompt) // PAGE_SIZE)
         if sequence.id not in self._chains:
             self._chains[sequence.id] = KeyChain(self._fingerprint, sequence.cache_salt)
         return self._chains[sequence.id].first(num_pages, sequence.tokens)

@@ -42,6 +42,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         fingerprint: bytes,
         prefix_cache: bool = True,
+        share_completions: bool = True,
     ):
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -52,7 +53,9 @@ class Scheduler:
         self._smallest_rest = min(PAGE_SIZE, max_num_batched_tokens // 2)
         """Of a step's tokens, that begins a prompt it cannot finish: a chunk costs a program, however small it is."""
         self._prefix_cache = prefix_cache
-        self._tables = PageTables(num_pages, fingerprint=fingerprint, is_shared=prefix_cache)
+        self._tables = PageTables(
+            num_pages, fingerprint=fingerprint, is_shared=prefix_cache, with_completions=share_completions
+        )
         self._notes: dict[int, _Notes] = {}
         """By the ids of sequences that have not ended."""
         self._waiting: list[Sequence] = []

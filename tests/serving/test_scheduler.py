@@ -425,3 +425,17 @@ def test_the_scheduler_imports_no_jax(repository):
     code = "import sys, dsv3_jax.serving.scheduler; print({'jax', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("share_completions", "num_cached"), [(True, 192), (False, 64)])
+def test_pages_of_a_completion_are_found_where_they_may_be(share_completions, num_cached):
+    engine = Engine(share_completions=share_completions)
+    first = completion(0, prompt(70), max_tokens=140, min_tokens=140)
+    engine.add(first)
+    engine.finish()
+    assert len(first.tokens) == 210
+    turn = completion(1, [*first.tokens[:200], 1, 2, 3], max_tokens=4)
+    engine.add(turn)
+    engine.finish()
+    assert_right(first, turn)
+    assert turn.num_cached_tokens == num_cached
