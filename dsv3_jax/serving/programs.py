@@ -11,7 +11,7 @@ import jax
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.model.functions import Functions
 from dsv3_jax.model.parts import unembed
-from dsv3_jax.serving.edits import Edits, rows_of
+from dsv3_jax.serving.edits import Edits, edited, rows_of
 from dsv3_jax.serving.paged_cache import PagedCache
 from dsv3_jax.serving.paged_steps import Step, extends, paged_decode, paged_extend, paged_prefill
 from dsv3_jax.serving.sampler import Sampling, TopLogprobs, sample, top_logprobs
@@ -71,8 +71,12 @@ def run_chunk(
 def draw_rows(
     logits: Float[Array, "B V"], positions: Int[Any, "B"], sampling: Sampling, table: Edits, slots: Int[Any, "B"]
 ) -> Int[Array, "B"]:
-    """The tokens at `positions`, by logits that the rows of `table` at `slots` change."""
-    return sample(logits, positions, sampling, rows_of(table, slots))
+    """The tokens at `positions`, by logits that the rows of `table` at `slots` change, if any does."""
+    neutral = len(table.counts) - 1
+    logits = jax.lax.cond(
+        (slots != neutral).any(), lambda: edited(logits, positions, rows_of(table, slots)), lambda: logits
+    )
+    return sample(logits, positions, sampling)
 
 
 @partial(jax.jit, static_argnames="width")

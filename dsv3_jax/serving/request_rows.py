@@ -8,8 +8,8 @@ from dsv3_jax.serving.edits import Edits
 from dsv3_jax.serving.sampler import Sampling, TopLogprobs
 from dsv3_jax.serving.sequence import Sequence, TokenLogprobs
 
-_LARGEST = np.finfo(np.float32).max
-_SMALLEST = np.finfo(np.float32).tiny
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def sampling_rows(sequences: Iterable[Sequence | None], *, vocab_size: int) -> Sampling:
@@ -71,4 +71,4 @@ def token_logprobs(found: TopLogprobs, row: int, count: int) -> TokenLogprobs:
 
 def _float32(value: float) -> float:
     """A number that is positive and finite in float32 too; 0 stays 0."""
-    return float(np.clip(value, _SMALLEST, _LARGEST)) if value else 0.0
+    return min(max(value, _SMALLEST), _LARGEST) if value else 0.0

@@ -15,7 +15,7 @@ from dsv3_jax.serving.drawn import Outputs, result_of
 from dsv3_jax.serving.edit_slots import EditSlots
 from dsv3_jax.serving.paged_cache import empty_pages
 from dsv3_jax.serving.request_rows import has_edits, sampling_rows
-from dsv3_jax.serving.sampler import TopLogprobs
+from dsv3_jax.serving.sampler import Sampling, TopLogprobs
 from dsv3_jax.serving.sequence import Sequence, StepPlan, StepResult
 from dsv3_jax.serving.shapes import shapes_of
 from dsv3_jax.serving.steady import steady
@@ -47,6 +47,7 @@ class Runner:
         self._weights = weights_of(cfg, variables, functions=functions)
         self._pages = _pool(cfg, self._shapes.num_pages, dtype=functions.compute_dtype)
         self._edits = EditSlots(serving.max_num_seqs, cfg.vocab_size)
+        self._sampled = [], jax.device_put(sampling_rows([None], vocab_size=cfg.vocab_size))
         self._width = min(max(serving.max_logprobs, 1), cfg.vocab_size)
 
     @property
@@ -135,10 +136,15 @@ class Runner:
     def _draw(self, batch: Batch, logits: Array) -> Array:
         drawing = batch.drawing
         slots = self._edits.slots_of(drawing)
-        sampling = sampling_rows(drawing, vocab_size=self._cfg.vocab_size)
-        ids = programs.draw_rows(logits, batch.positions, sampling, self._edits.table, slots)
+        ids = programs.draw_rows(logits, batch.positions, self._sampling_of(drawing), self._edits.table, slots)
         self._edits.count(drawing, slots, ids)
         return ids
+
+    def _sampling_of(self, drawing: list[Sequence | None]) -> Sampling:
+        """On the device; the last batch's where the sequences are the same, as in most steps."""
+        if drawing != self._sampled[0]:
+            self._sampled = drawing, jax.device_put(sampling_rows(drawing, vocab_size=self._cfg.vocab_size))
+        return self._sampled[1]
 
     def _find_prompt_logprobs(self, ran: programs.Ran, following: Int[np.ndarray, "T"]) -> TopLogprobs:
         head, settings = self._weights.variables["params"]["unembed"], {"functions": self._functions}
