@@ -15,6 +15,9 @@ from dsv3_jax.serving.engine import Engine
 from dsv3_jax.serving.http.openapi import numbers_up_to
 from tests.serving.running import MODEL, serving, small_tokenizer
 
+TOO_LONG = "together they may be at most 1280"
+"""The one refusal of what the schema allows: it limits max_tokens and prompts, and cannot limit their sum."""
+
 
 @pytest.fixture(scope="module")
 def url(golden_model) -> Iterator[str]:
@@ -36,7 +39,10 @@ def test_drawn_requests(url: str, tmp_path: Path, num_examples: int) -> None:
     arguments = ["run", f"{url}/openapi.json", "--mode", "all", "--max-examples", str(num_examples)]
     arguments += ["--seed", "1", "--no-color", "--request-timeout", "120"]
     result = subprocess.run([program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-20_000:]
+    refused = re.findall(r"^\[400\] .*\n\n    `(.*)`$", result.stdout, re.MULTILINE)
+    kinds = re.findall(r"^- (ST\d+)", result.stdout, re.MULTILINE)
+    is_known = kinds and len(kinds) == len(refused) and all(TOO_LONG in answer for answer in refused)
+    assert result.returncode == 0 or (num_examples > 30 and is_known), result.stdout[-20_000:]
 
 
 def test_the_schema_names_the_model_and_the_stream(url: str) -> None:
