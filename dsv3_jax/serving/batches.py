@@ -61,7 +61,8 @@ def batches_of(plan: StepPlan, shapes: Shapes) -> list[Batch]:
 
     A tail's rows are in order, behind the chunk that they continue: what one launch reads, another has written before.
     """
-    rows, chunks = [Item(index, work, *work[1:]) for index, work in enumerate(plan.decodes)], []
+    rows = [Item(index, work, work.start, work.count) for index, work in enumerate(plan.decodes)]
+    chunks: list[Item] = []
     for index, work in enumerate(plan.chunks, len(plan.decodes)):
         in_chunk = _count_in_chunk(work, shapes)
         if in_chunk:
