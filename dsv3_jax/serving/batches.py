@@ -70,8 +70,10 @@ def batches_of(plan: StepPlan, shapes: Shapes) -> list[Batch]:
         rows += [Item(index, work, work.start + i, 1) for i in range(in_chunk, work.count)]
     launches = []
     for items in _packed(chunks, shapes):
-        size = shapes.chunk_for(items[0].start, items[0].count)
-        empty = empty_batch(1, *size) if len(items) == 1 else empty_batch(*shapes.packed, shapes.table_width)
+        if shapes.packed is not None and len(items) > 1:
+            empty = empty_batch(*shapes.packed, shapes.table_width)
+        else:
+            empty = empty_batch(1, *shapes.chunk_for(items[0].start, items[0].count))
         launches.append(_filled(items, empty, is_chunk=True))
     for items in _split(rows, shapes.rows[-1]):
         empty = empty_batch(shapes.rows_for(len(items)), 1, shapes.table_width)
