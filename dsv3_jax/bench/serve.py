@@ -30,7 +30,7 @@ from dsv3_jax.bench.random_model import export, export_for_peers, random_variabl
 from dsv3_jax.bench.serve_plot import plot
 from dsv3_jax.bench.servers import our_server, run_with_servers
 from dsv3_jax.bench.workload import Request, arrivals, requests
-from dsv3_jax.config.arguments import add_set_argument
+from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.paths import user_path
@@ -165,8 +165,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="dsv3_jax.bench.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", metavar="FILE", help="a file of configs/, or your own like it: serve that shape")
-    add_set_argument(parser)
+    add_config_arguments(parser, "--config", required=False)
     parser.add_argument("--url", help="of any OpenAI-compatible server, with its /v1")
     parser.add_argument("--model", help="which of the server's; default: the first that it lists")
     parser.add_argument("--key", help="the server's API key")

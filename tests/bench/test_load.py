@@ -7,6 +7,7 @@ import pytest
 from dsv3_jax.bench import load
 
 
+@pytest.mark.slow
 def test_there_are_rows_for_loading_and_saving_that_fit_the_terminal(
     golden: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -46,6 +46,7 @@ def test_programs_take_turns():
     assert median_ratio(seconds["b"], seconds["a"]) == pytest.approx(4 / 3)
 
 
+@pytest.mark.slow
 def test_json_is_one_object_whose_numbers_agree(repository: Path, capsys: pytest.CaptureFixture[str]):
     """Of what `make gpu` trains, but small, and in float32: the measured rate of bfloat16 takes a CPU half a minute."""
     settings = re.search(r"^GPU_LAYERS := (.*)$", (repository / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

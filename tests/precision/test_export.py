@@ -18,6 +18,7 @@ def multiplied(w) -> np.ndarray:
     return np.asarray(dequantize_tiles(cast_blocks(jnp.asarray(w).T), tile=(128, 128)).T)
 
 
+@pytest.mark.slow
 def test_an_fp8_export_is_quantised_as_the_training_does(repository: Path, tmp_path: Path):
     model = load_config(repository / "tests" / "training" / "midget.py").model
     cfg = dataclasses.replace(

@@ -224,6 +224,7 @@ def test_kill_nine_and_the_next_start_continues_bit_for_bit(
     same_run(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_meshes(command, undisturbed: Path, tmp_path: Path, capsys):
     """Begun by two experts' peers, ended by one device: the batches and, but for rounding, the losses of one."""
     run_dir = tmp_path / "run"
