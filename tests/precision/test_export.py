@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import dsv3_jax as ds
 from dsv3_jax.config.load import load_config
