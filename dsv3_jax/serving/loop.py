@@ -137,6 +137,7 @@ class Loop:
                 self._mailbox.run_all()
                 if self.scheduler.has_work:
                     self._step()
+                self._measure()  # orders change what runs, too: an abort may leave nothing for a step
         except Exception:
             log.exception("the engine failed; its requests end, and it takes no more")
             with self._mailbox.changed:
@@ -154,6 +155,8 @@ class Loop:
                 self._runner.forget(one.sequence)
         self._emitter.put(progress)
         self._last_step = time.monotonic()
+
+    def _measure(self) -> None:
         self._metrics.step(
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,

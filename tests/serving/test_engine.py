@@ -1,6 +1,7 @@
 """The engine as its callers meet it: order, aborts, other weights, and what fails."""
 
 import queue
+import re
 import threading
 
 import jax
@@ -102,6 +103,10 @@ def test_an_aborted_completion_ends_and_frees_its_pages(engine_of) -> None:
     engine.abort(ids)  # once more does nothing
     engine.check()
     assert engine.describe()["pages_used"] == 0
+    engine.check()  # behind the gauges of the round before
+    gauges = engine.metrics.render().decode()
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert re.search(rf"^dsv3:{name}{{.*}} 0.0$", gauges, re.MULTILINE)
 
 
 def test_a_reader_that_fails_ends_alone(engine_of, caplog) -> None:
