@@ -7,7 +7,7 @@ the engine are checked by it (`openapi.py` documents them).
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 WIDEST = 2**31 - 1
 
@@ -29,8 +29,8 @@ def _whole(value: object) -> object:
 
 Text = Annotated[str, AfterValidator(_spelt)]
 Whole = BeforeValidator(_whole)
-Tokens = Annotated[list[Annotated[int, Field(ge=0, le=WIDEST)]], FailFast(), Whole]
-Ids = Annotated[list[Annotated[int, Field(ge=0, le=WIDEST)]], FailFast(), Field(min_length=1), Whole]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=WIDEST)]], Field(fail_fast=True), Whole]
+Ids = Annotated[list[Annotated[int, Field(ge=0, le=WIDEST)]], Field(min_length=1, fail_fast=True), Whole]
 NotEmpty = Annotated[str, Field(min_length=1), AfterValidator(_spelt)]
 
 
@@ -66,7 +66,7 @@ class Request(Body):
     """Token id, as text, to what is added to its logit."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = None
     n: Annotated[int, Field(ge=1), Whole] | None = None
-    stop: NotEmpty | Annotated[list[NotEmpty], FailFast()] | None = None
+    stop: NotEmpty | Annotated[list[NotEmpty], Field(fail_fast=True)] | None = None
     stop_token_ids: Tokens | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -86,8 +86,8 @@ class CompletionRequest(Request):
     prompt: (
         NotEmpty
         | Ids
-        | Annotated[list[NotEmpty], FailFast(), Field(min_length=1)]
-        | Annotated[list[Ids], FailFast(), Field(min_length=1)]
+        | Annotated[list[NotEmpty], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
     )
     """A text, its token ids, or a list of either."""
     echo: bool | None = None
