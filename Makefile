@@ -53,7 +53,7 @@ serve: $(RUN_STAMP) ## answer OpenAI's clients with the trained model, at http:/
 	  echo "$(RUN_DIR) holds no trained model: run \"make train RUN_DIR=$(RUN_DIR)\" first, or give RUN_DIR=FOLDER." >&2; exit 1; }
 	@exec $(RUN_PY) serve.py --model $(RUN_DIR) $(ARGS)
 
-test: $(STAMP) ## the fast tests, under 15 minutes on 2 cores
+test: $(STAMP) ## the fast tests, about a quarter of an hour on 2 cores
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(STAMP) ## only the slow tests
