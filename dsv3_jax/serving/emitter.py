@@ -146,6 +146,7 @@ class Emitter:
             self._metrics.failed()
             if not is_ended:
                 self._end(sequence.id, "abort")
+            _abort(reader)
             return
         if delta.finish_reason is not None and not is_ended:
             self._end(sequence.id, delta.finish_reason)
@@ -169,3 +170,13 @@ class Emitter:
 
 def _is_empty(delta: Delta) -> bool:
     return not (delta.token_ids or delta.text or delta.prompt_logprobs or delta.finish_reason)
+
+
+def _abort(reader: Reader) -> None:
+    """Tells a reader that its completion ended, so that nobody waits for it."""
+    sequence = reader.sequence
+    ids = len(sequence.prompt), sequence.num_cached_tokens
+    try:
+        reader.sink(Delta(reader.index, "", (), None, None, "abort", None, *ids))
+    except Exception:
+        log.exception("request %s: nobody takes its end", reader.request_id)

@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_jax.config.check import ConfigError
 from dsv3_jax.config.serving import ServingConfig
+from dsv3_jax.serving.emitter import Reader
 from dsv3_jax.serving.engine import Engine
 from dsv3_jax.serving.errors import Overloaded, RequestError, Unavailable
 from dsv3_jax.serving.generate import generate
@@ -119,6 +120,24 @@ def test_a_reader_that_fails_ends_alone(engine_of, caplog) -> None:
     assert len(engine.generate([[6, 7]], SamplingParams(max_tokens=40, ignore_eos=True))[0].token_ids) == 40
     assert "the-failing-one" in caplog.text
     assert engine.state == "ready"
+    engine.check()
+    assert engine.describe()["pages_used"] == 0
+
+
+def test_an_answer_that_cannot_be_made_ends_alone_and_its_caller_is_told(engine_of, monkeypatch, caplog) -> None:
+    engine = engine_of()
+    take = Reader.take
+
+    def fail_for_one(self, *given):
+        if self.index == 1:
+            raise ValueError("no text for these tokens")
+        return take(self, *given)
+
+    monkeypatch.setattr(Reader, "take", fail_for_one)
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    outputs = engine.generate([[5, 6], [7, 8], [9]], params)
+    assert [output.finish_reason for output in outputs] == ["length", "abort", "length"]
+    assert "no text for these tokens" in caplog.text
     engine.check()
     assert engine.describe()["pages_used"] == 0
 
