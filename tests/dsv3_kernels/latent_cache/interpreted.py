@@ -89,7 +89,7 @@ def _inputs(case: Case, dtype, rng: np.random.Generator) -> dict[str, np.ndarray
         return given
     given["counts"] = np.maximum(case.T - np.arange(case.B, dtype=np.int32), 0)
     given["kv_down"][0, -1, 5] = given["kv_down"][-1, 1, 512 + 6] = np.nan
-    if case.B > 2:  # before the pool, behind it, a start that is not there
+    if case.B > 2 and given["page_table"].shape[1] > 1:  # before the pool, behind it, a start that is not there
         given["page_table"][1, 1], given["page_table"][2, 0] = -7, len(bits) + 9
         given["starts"][0] = -2
     return given
