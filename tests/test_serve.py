@@ -70,6 +70,7 @@ def test_stops_at_every_token_that_the_folder_declares(serve, exported, tmp_path
         assert f"--- {prompt}\n{prompt}{tokenizer.decode(list(written), skip_special=True)}\n" in printed
 
 
+@pytest.mark.slow
 def test_seed_decides_what_is_sampled(serve, exported, capsys: pytest.CaptureFixture[str]) -> None:
     folder = exported[0]
 

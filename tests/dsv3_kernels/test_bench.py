@@ -268,6 +268,7 @@ def test_every_way_of_every_row_can_be_traced():
             jax.eval_shape(way, shapes)
 
 
+@pytest.mark.slow
 def test_tokamax_stands_beside_torch_where_it_is_installed(monkeypatch, tmp_path):
     assert not any("tokamax" in case.others for case in bench_cases(["mla_prefill"]))
     package = tmp_path / "tokamax"

@@ -31,6 +31,13 @@ from dsv3_jax.training.loss import next_token_loss
 
 FLOAT32 = functions_for("float32")
 ALL = ("tiny_a", "tiny_b", "tiny_c", "tiny_d")
+each_in_time = pytest.mark.parametrize(
+    "case",
+    ["tiny_a", "tiny_d", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_b", "tiny_c"))],
+    indirect=True,
+    scope="module",
+)
+"""For what is compiled long."""
 
 
 class Case(NamedTuple):
@@ -168,6 +175,7 @@ def shifted(labels: np.ndarray) -> np.ndarray:
     return np.concatenate([labels[:, 1:], np.full((labels.shape[0], 1), -100, np.int32)], axis=1)
 
 
+@each_in_time
 def test_loss_and_gradients(case: Case) -> None:
     cfg, expected = case.cfg, case.expected
     loss, grads = loss_and_gradients(cfg, case.variables, expected["input_ids"], shifted(expected["input_ids"]))
@@ -187,12 +195,14 @@ def test_loss_and_gradients(case: Case) -> None:
     assert seen == set(norms), f"no gradient of ours for {sorted(set(norms) - seen)}"
 
 
+@each_in_time
 def test_masked_loss(case: Case) -> None:
     labels = shifted(case.expected["labels_masked"])
     loss, _ = loss_and_gradients(case.cfg, case.variables, case.expected["input_ids"], labels)
     close(loss, case.expected["loss_masked"], 1e-5)
 
 
+@each_in_time
 def test_greedy_generation_is_exact(case: Case) -> None:
     prompt, expected = case.expected["prompt_ids"], case.expected["generated_ids"]
     np.testing.assert_array_equal(generate(case.cfg, case.variables, prompt, max_new_tokens=16), expected)

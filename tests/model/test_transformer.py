@@ -134,7 +134,7 @@ def test_equations_can_be_replaced(config, variables_of, run_forward) -> None:
     np.testing.assert_allclose(same.logits, plain.logits, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow)], ids=["main", "with_mtp"])
+@pytest.fixture(scope="module", params=[0, 1], ids=["main", "with_mtp"])
 def backward(request, config, variables_of):
     """For each `remat`: the compiled gradient, and its value."""
     cfg = config(num_layers=6, mtp_depth=request.param)
@@ -154,6 +154,7 @@ def backward(request, config, variables_of):
     return compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["paper", "full"])
 def test_recomputing_changes_no_gradient(backward, remat: str) -> None:
     expected, actual = backward["none"][1], backward[remat][1]
@@ -162,6 +163,7 @@ def test_recomputing_changes_no_gradient(backward, remat: str) -> None:
         np.testing.assert_allclose(ours, leaf, atol=2e-4 * np.abs(leaf).max(), err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_recomputing_saves_memory(backward) -> None:
     """ "full" keeps less than "paper", which keeps well under what "none" keeps."""
     size = {name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in backward.items()}

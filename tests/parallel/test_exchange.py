@@ -35,7 +35,7 @@ MESHES: dict[str, dict[str, Any]] = {
     "two hops, few tokens a peer and no more": {"expert": 4, "expert_nodes": 2, "capacity": FEW, "overflow": "drop"},
 }
 EXACT, DROPPING = list(MESHES)[:4], list(MESHES)[4:]
-LONG = ("two hops, few tokens a peer",)
+LONG = ("one hop, three tokens a peer", "two hops, few tokens a peer")
 """Slow to compile."""
 
 

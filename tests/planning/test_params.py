@@ -83,6 +83,7 @@ def test_table_and_json_carry_the_same_totals() -> None:
     assert data["fp8_files"]["num_tensors"] == counted.fp8_files.num_tensors
 
 
+@pytest.mark.slow
 def test_program_prints_the_released_model(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(repository / "configs" / "dsv3_671b.py")]) == 0
     text = capsys.readouterr().out

@@ -49,7 +49,7 @@ def _run(experts, x, gate_up, down, weights, ids, d_out):
 @pytest.mark.parametrize(
     "case_of",
     [
-        pytest.param({"N": 1, "D": 20, "F": 9, "E": 4, "K": 2}, id="one token"),
+        pytest.param({"N": 1, "D": 20, "F": 9, "E": 4, "K": 2}, id="one token", marks=pytest.mark.slow),
         pytest.param({"N": 97, "D": 160, "F": 96, "E": 8, "K": 3, "unused": 3}, id="empty experts"),
         pytest.param({"N": 300, "D": 256, "F": 128, "E": 3, "K": 1}, id="several blocks", marks=pytest.mark.slow),
     ],

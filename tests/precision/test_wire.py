@@ -54,6 +54,7 @@ def test_rows_are_gathered_and_padding_is_zero():
     assert not np.asarray(rows[2]).any()
 
 
+@pytest.mark.slow
 def test_where_the_bytes_were_exchanged_changes_no_row():
     """Tokens of two devices, each quantised at home, put together where their experts are."""
     x = tokens(5, 200).astype(jnp.bfloat16)

@@ -57,6 +57,7 @@ def test_ids_of_the_golden_checkpoints(engine_of, golden, name: str) -> None:
     assert {output.finish_reason for output in outputs} == {"length"}
 
 
+@pytest.mark.slow
 def test_draws_are_those_of_generate(engine_of, golden_model) -> None:
     prompts = [[5, 9, 200], [7], [11, 12, 13, 14]]
     params = [SamplingParams(max_tokens=9, temperature=1.1, seed=seed, ignore_eos=True) for seed in (3, 4, 2**32 - 1)]

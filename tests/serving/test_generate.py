@@ -28,6 +28,10 @@ def clear(logits: np.ndarray) -> bool:
     return bool((best[..., -1] - best[..., -2] > 1e-3).all())
 
 
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("no_q_latent", "softmax", "dense")]
+
+
+@pytest.mark.parametrize("model", ["base", *OTHERS], indirect=True)
 def test_ragged_prompts_equal_the_uncached_forward(model, slowly) -> None:
     """Prompts at and past the edge of a bucket, completions across the next; other edges below, with one model."""
     cfg, variables = model
@@ -260,6 +264,7 @@ def test_sampling_parameters_that_are_no_numbers_are_refused(base, how, message)
         checked_sampling(base[0], 2, **(every | how))
 
 
+@pytest.mark.slow
 def test_replaced_router_core_and_experts_are_those_of_forward(base, uncached_logits) -> None:
     cfg, variables = base
 
@@ -285,6 +290,7 @@ def test_replaced_router_core_and_experts_are_those_of_forward(base, uncached_lo
         assert abs(logprobs[row] - usual[row, places, ids[row]]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_decide_the_arithmetic(base, variables_of) -> None:
     cfg, _ = base
     variables = variables_of(cfg, 0, jnp.bfloat16)

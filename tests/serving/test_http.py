@@ -13,6 +13,7 @@ import pytest
 
 from dsv3_jax.config.check import UserError
 from dsv3_jax.config.serving import ServingConfig
+from dsv3_jax.serving.emitter import Reader
 from dsv3_jax.serving.engine import Engine
 from dsv3_jax.serving.http import completions
 from dsv3_jax.serving.http.app import create_app
@@ -240,13 +241,18 @@ def test_a_stall_is_told(engine, url, monkeypatch, caplog) -> None:
 
 def test_a_stream_is_events_in_order(url) -> None:
     with httpx.stream(
-        "POST", f"{url}/v1/completions", json={**IDS, "stream": True, "max_tokens": 3}, timeout=PATIENCE
+        "POST",
+        f"{url}/v1/completions",
+        json={**IDS, "stream": True, "max_tokens": 3, "return_token_ids": True},
+        timeout=PATIENCE,
     ) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["cache-control"] == "no-cache"
         events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert events[-1] == "[DONE]"
-    assert [json.loads(event)["choices"][0]["finish_reason"] for event in events[:-1]] == [None, None, "length"]
+    choices = [json.loads(event)["choices"][0] for event in events[:-1]]
+    assert sum(len(choice["token_ids"]) for choice in choices) == 3, "what comes at once is one event"
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
 
 
 def test_a_failure_behind_the_first_piece_is_an_event(url, engine, monkeypatch) -> None:
@@ -258,6 +264,20 @@ def test_a_failure_behind_the_first_piece_is_an_event(url, engine, monkeypatch) 
         events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert json.loads(events[0])["error"]["type"] == "server_error"
     assert events[1:] == ["[DONE]"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_cannot_be_made_is_an_error_and_fails_alone(url, engine, monkeypatch, stream) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "take", lambda *_: 1 // 0)
+        response = post(f"{url}/v1/completions", json={**IDS, "max_tokens": 3, "stream": stream})
+    if stream:
+        assert response.status_code == 200
+        assert '"code":"internal_error"' in response.text
+    else:
+        assert is_error(response, 500)
+    assert engine.state == "ready"
+    assert post(f"{url}/v1/completions", json={**IDS, "max_tokens": 3}).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])

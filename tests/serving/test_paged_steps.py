@@ -36,7 +36,6 @@ class Tiny(NamedTuple):
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_b", "tiny_c", "tiny_d")]
-all_of_them = pytest.mark.parametrize("tiny", ["tiny_a", "tiny_b", "tiny_c", "tiny_d"], indirect=True)
 each_in_time = pytest.mark.parametrize("tiny", ["tiny_a", *SLOW], indirect=True)
 one_of_them = pytest.mark.parametrize("tiny", ["tiny_a"], indirect=True)
 
@@ -63,7 +62,7 @@ def everyone(B: int, count: int) -> jax.Array:
     return jnp.full(B, count, jnp.int32)
 
 
-@all_of_them
+@each_in_time
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)])
 def test_greedy_ids_of_the_golden_checkpoints(tiny: Tiny, implementation: str) -> None:
     """Prefill, then one token a step; the logits of every step too."""
@@ -187,6 +186,7 @@ def test_lengths_compile_nothing(tiny: Tiny, unequal) -> None:
 
 
 @one_of_them
+@pytest.mark.slow
 def test_bfloat16_pages_stay_near_float32(tiny: Tiny, unequal) -> None:
     rows, _ = unequal
     prompt = np.stack([row[:5] for row in rows])

@@ -86,6 +86,7 @@ def runner(base) -> Runner:
     return Runner(cfg, variables, ROOM)
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_the_uncached_forward(runner: Runner, base, slowly) -> None:
     """Chunks, tails of a few tokens and decoding rows, alone and in one step."""
     cfg, variables = base

@@ -80,6 +80,7 @@ def test_the_cache_can_be_filled_to_its_last_row(base) -> None:
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_cache_stays_near_float32(base, variables_of) -> None:
     cfg, variables = base
     narrow = variables_of(cfg, 0, jnp.bfloat16)

@@ -74,6 +74,7 @@ def resumed_at(cfg: RunConfig, run_dir: Path) -> tuple[int, list[str]]:
         return run.progress.step, said
 
 
+@pytest.mark.slow
 def test_the_stored_run_of_version_0_1_resumes_and_exports(
     golden: Path, stored: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

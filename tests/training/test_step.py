@@ -102,6 +102,7 @@ def test_loss_equals_the_formula_over_full_logits(small):
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_big_batch_when_label_counts_differ(small):
     tokens, segments = rows(small, 3, 6), packed(small, 3, 6)
     one = [batch_of(small, tokens, segments)]
@@ -220,7 +221,7 @@ def test_gradients_can_come_from_elsewhere_than_autodiff(small):
         assert float(report.grad_norm) == pytest.approx(num_micro * size**0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("precision", ["mixed", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_every_precision_learns(small, precision: str):
     model = dataclasses.replace(small.model, num_layers=1, num_dense_layers=0, mtp_depth=0)
     cfg = dataclasses.replace(small, model=model, precision=precision)
@@ -263,6 +264,7 @@ def test_a_model_without_experts_or_mtp_trains(small):
     assert report.terms.load.shape[0] == 0
 
 
+@pytest.mark.slow
 def test_a_model_without_bias_and_with_two_mtp_modules_trains(small):
     moe = dataclasses.replace(small.model.moe, has_bias=False, num_groups=1, groups_per_token=1)
     model = dataclasses.replace(small.model, num_dense_layers=0, num_layers=1, moe=moe, mtp_depth=2)

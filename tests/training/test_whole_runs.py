@@ -128,6 +128,7 @@ def test_a_finished_run_started_again_only_reports(command, undisturbed: Path, c
     assert "bits per byte" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_next_start_continues_bit_for_bit(command, undisturbed: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
 
@@ -195,6 +196,7 @@ def test_what_fails_at_the_end_is_named_and_the_rest_is_done(command, undisturbe
     assert (run_dir / "hf" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_no_batches_to_evaluate_means_no_evaluation(command, undisturbed: Path, tmp_path: Path, capsys):
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)

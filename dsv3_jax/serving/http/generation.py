@@ -57,6 +57,10 @@ class Inbox:
                 return pieces
 
 
+class AnswerFailed(Exception):
+    """The engine goes on, and the log has what went wrong with this one."""
+
+
 class Generation:
     """Completions of some prompts; within `async with`, a client that goes away ends them."""
 
@@ -101,13 +105,17 @@ class Generation:
         Raises:
             ClientGone: nobody reads them any more.
             Unavailable: the engine failed under them.
+            AnswerFailed: one of them could not be written down.
         """
         while self._num_open:
             arrived = await self._inbox.take()
             ended = [piece for piece in arrived if piece.finish_reason is not None]
             self._num_open -= len(ended)
-            if self._engine.state == "failed" and any(piece.finish_reason == "abort" for piece in ended):
-                raise Unavailable("the engine failed; its log has the reason.")
+            if any(piece.finish_reason == "abort" for piece in ended):
+                if self._engine.state == "failed":
+                    raise Unavailable("the engine failed; its log has the reason.")
+                if self._engine.state == "ready":  # nobody asked for its end
+                    raise AnswerFailed("a completion ended before its time")
             yield arrived
 
     async def _watch(self) -> None:

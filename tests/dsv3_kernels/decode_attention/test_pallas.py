@@ -22,9 +22,9 @@ if jax.__version_info__ < dispatch.OLDEST_PALLAS_JAX:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["drawn", "plan-few"],
+        ["drawn"],
         ["fp8"],
-        ["combine-some-empty"],
+        pytest.param(["plan-few", "combine-some-empty"], marks=pytest.mark.slow),
         pytest.param(["combine-one-sequence", "combine-none-split", "combine-no-work"], marks=pytest.mark.slow),
         pytest.param(["splits", "stray-pages", "stray-pages-fp8", "beyond-table"], marks=pytest.mark.slow),
         pytest.param(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsv3_kernels.prefill_attention import bench
 from dsv3_kernels.prefill_attention.cases import Case
@@ -10,6 +11,7 @@ from dsv3_kernels.prefill_attention.cases import Case
 CASE = Case("small", B=2, T=33, S=70, H=2, num_documents=3, qk_dim=24, v_dim=16)
 
 
+@pytest.mark.slow
 def test_the_backward_row_computes_the_gradients() -> None:
     """From what forward saved, as autodiff does; d_lse included."""
     inputs = bench.make_saved(CASE, jax.random.key(1))

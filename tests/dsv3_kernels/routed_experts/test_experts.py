@@ -114,6 +114,7 @@ def test_routed_experts_equal_every_token_through_its_experts_with_gradients(ffn
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * scale + 1e-4)
 
 
+@pytest.mark.slow
 def test_implementations_agree_in_bfloat16_with_gradients():
     arguments = inputs(97, dtype=jnp.bfloat16)
     theirs = with_gradients(routed, planned=low, ffn=expert_ffn_reference)(*arguments)

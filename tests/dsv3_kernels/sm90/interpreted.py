@@ -88,12 +88,12 @@ def drawn(rng: Rng) -> Result:
 
 CASES: dict[str, Callable[[Rng], Result]] = {
     "few rows, split contraction": lambda rng: dense(rng, 97, 64, 1024, Tile(64, 64, 2, split_k=2)),
+    "drawn": drawn,
+    # The slow ones
     "skipped blocks": lambda rng: contiguous(rng, [1, -1, 0], 136, 256, Tile(128, 64, 2, "n")),
     "empty groups of the contraction, added": lambda rng: contraction(
         rng, [1, 1, 3, -1], 4, 97, 64, Tile(128, 64, 2), adds=True
     ),
-    "drawn": drawn,
-    # The slow ones
     "more tiles than blocks": lambda rng: dense(rng, 136, 192, 512, Tile(128, 64, 2), sms=1),
     "two waves, multicast of a": lambda rng: dense(rng, 256, 256, 256, Tile(256, 128, 2, "n")),
     "weight gradient, multicast of b, added": lambda rng: dense(
@@ -121,7 +121,7 @@ CASES: dict[str, Callable[[Rng], Result]] = {
     ),
     "groups of the contraction": lambda rng: contraction(rng, [0, 1], 2, 64, 136, Tile(128, 96, 2, "m"), adds=False),
 }
-NUM_FAST = 4
+NUM_FAST = 2
 
 
 def main(names: list[str], seed: int) -> None:
