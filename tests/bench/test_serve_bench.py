@@ -87,10 +87,11 @@ def test_lines_compare_with_what_takes_turns():
         "engine, 16 sequences over 8": (2.0, True),
         "engine, 32 sequences over 8": (4.0, True),
         "server with 8 streaming clients over engine": (0.8, True),
-        "a token by top-p over one by greed, batch 8": (1.2, False),
         "processor time of the step thread, a step at batch 8": (2.0, False),
         "server over transformers serve, batch 8": (4.0, False),
     }
+    top_p = serve_turns._pair_line({"engine top-p batch 8": [1.2, 9.0, 1.2], "engine batch 8": [1.0, 1.0, 2.0]})
+    assert (top_p.value, top_p.is_met) == (pytest.approx(1.2), False)
 
 
 def chunked(*pieces: bytes) -> bytes:

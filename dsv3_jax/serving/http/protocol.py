@@ -96,10 +96,6 @@ class CompletionRequest(Request):
     """Log-probabilities of the tokens, and of so many likeliest ones in their places."""
 
 
-MOST_PARTS = 16
-"""Of one message: each is a line of its prompt, so a client can join them."""
-
-
 class TextPart(Body):
     """A piece of a message."""
 
@@ -111,7 +107,7 @@ class Message(Body):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MOST_PARTS)]
+    content: Text | list[TextPart]
 
     @property
     def text(self) -> str:
