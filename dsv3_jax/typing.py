@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt
 
 AnyArray = Array | np.ndarray
 """What the public functions take: arrays of jax or of numpy."""
@@ -39,4 +39,4 @@ Variables = Mapping[str, Any]
 
 DType = jax.typing.DTypeLike
 
-__all__ = ["AnyArray", "Array", "Bool", "DType", "Float", "Int", "PRNGKeyArray", "Params", "UInt", "Variables"]
+__all__ = ["AnyArray", "Array", "Bool", "DType", "Float", "Int", "Key", "PRNGKeyArray", "Params", "UInt", "Variables"]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.serving.edits import Edits, edited
-from dsv3_jax.typing import AnyArray, Array, Bool, Float, Int, UInt
+from dsv3_jax.typing import AnyArray, Array, Bool, Float, Int, Key, UInt
 
 
 class Sampling(NamedTuple):
@@ -87,60 +87,70 @@ def _ids(size: int) -> Int[Array, "1 V"]:
 def _draw(logits: Float[Array, "B V"], positions: Int[Array, "B"], sampling: Sampling) -> Int[Array, "B"]:
     """Draws from softmax(logits / temperature), restricted by min_p, top_k and top_p, where temperature > 0.
 
-    Noise of Gumbel's law makes the highest sum a draw from the softmax, and the highest among any set of tokens a draw
-    from that set, renormalised. How a row finds it depends on its own parameters alone.
+    How a row draws depends on its own parameters alone.
     """
-
-    def noise_of_one(seed, position):
-        key = jax.random.key(seed, impl="threefry2x32")  # others draw differently under vmap
-        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[-1:])
-
+    key_of = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), place))
+    keys = key_of(sampling.seed, positions)
     below_best = logits - logits.max(axis=-1, keepdims=True)  # so that a tiny temperature gives 0 and -inf, never NaN
     scaled = below_best / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
     scaled = jnp.where(scaled < 0, scaled, 0.0)  # `top_k` takes -0 for less than 0
-    noisy = scaled + jax.vmap(noise_of_one)(sampling.seed, positions)
-    noisy = jax.lax.optimization_barrier(noisy)  # or its noise is computed once for each of its readers
+    scaled = jax.lax.optimization_barrier(scaled)  # or it is computed once for each of its readers
     is_few = (sampling.temperature > 0) & (sampling.top_k > 0) & (sampling.top_k <= min(_FEW, logits.shape[-1]))
     is_cut = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     is_cut = (sampling.temperature > 0) & is_cut & ~is_few
-    of_all = _highest(noisy)
-    of_few = jax.lax.cond(is_few.any(), lambda: _highest_of_few(scaled, noisy, sampling), lambda: of_all)
-    of_cut = jax.lax.cond(
-        is_cut.any(), lambda: _highest_allowed(scaled, noisy, of_all, is_cut, sampling), lambda: of_all
-    )
+    of_all = _one_of(scaled, keys, 0)
+    of_few = jax.lax.cond(is_few.any(), lambda: _one_of_few(scaled, keys, sampling), lambda: of_all)
+    of_cut = jax.lax.cond(is_cut.any(), lambda: _one_allowed(scaled, keys, of_all, is_cut, sampling), lambda: of_all)
     return jnp.where(is_few, of_few, of_cut)
 
 
-_FEW = 64
-"""Tokens that `top_k` finds in a fifth of the time of a draw."""
+_BLOCK = 64
+"""Tokens that share a number of a draw."""
 
 
-def _highest_of_few(scaled: Float[Array, "B V"], noisy: Float[Array, "B V"], sampling: Sampling) -> Int[Array, "B"]:
-    """The highest of `noisy` among the allowed tokens, where top_k is at most `_FEW`."""
+def _one_of(scaled: Float[Array, "B V"], keys: Key[Array, "B"], attempt: int | Int[Array, ""]) -> Int[Array, "B"]:
+    """A draw from softmax(scaled) in each row: first a block of tokens by its mass, then one of them.
+
+    The highest of logits with noise of Gumbel's law is a draw from their softmax. A sum that is rounded otherwise, as
+    for another number of rows, changes a draw only where two of them are all but equal.
+    """
     V = scaled.shape[-1]
-    few = min(_FEW, V)
+    blocks = jnp.pad(scaled, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(len(scaled), -1, _BLOCK)
+    num_blocks = blocks.shape[1]
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, attempt), (num_blocks + _BLOCK,)))(keys)
+    block = _highest(jnp.log(jnp.exp(blocks).sum(axis=-1)) + noise[:, :num_blocks])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return jnp.minimum(block * _BLOCK + _highest(inside + noise[:, num_blocks:]), V - 1)
+
+
+_FEW = 64
+"""Tokens that `top_k` finds in little time."""
+
+
+def _one_of_few(scaled: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling) -> Int[Array, "B"]:
+    """A draw from the allowed tokens, where top_k is at most `_FEW`."""
+    few = min(_FEW, scaled.shape[-1])
     values, ids = jax.lax.top_k(scaled, few)
     is_in = (_ids(few) < sampling.top_k[:, None]) & (values >= jnp.log(sampling.min_p)[:, None])
     weight = jnp.where(is_in, jnp.exp(values), 0)
     mass_before = jnp.cumsum(weight, axis=-1) - weight
     limit = jnp.where(sampling.top_p < 1, sampling.top_p * weight.sum(axis=-1), jnp.inf)[:, None]
     is_allowed = (_ids(few) == 0) | (is_in & (mass_before < limit))
-    noisy = jnp.where(is_allowed, jnp.take_along_axis(noisy, ids, axis=-1), -jnp.inf)
-    is_highest = noisy == noisy.max(axis=-1, keepdims=True)
-    return jnp.where(is_highest, ids, V - 1).min(axis=-1)
+    place = _one_of(jnp.where(is_allowed, values, -jnp.inf), keys, 0)
+    return jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0]
 
 
-def _highest_allowed(
+def _one_allowed(
     scaled: Float[Array, "B V"],
-    noisy: Float[Array, "B V"],
+    keys: Key[Array, "B"],
     first: Int[Array, "B"],
     is_cut: Bool[AnyArray, "B"],
     sampling: Sampling,
 ) -> Int[Array, "B"]:
-    """The highest of `noisy` among the allowed tokens where `is_cut`, `first` being the highest of all.
+    """A draw from the allowed tokens where `is_cut`, `first` being one from all.
 
     Allowed is a beginning of the tokens in order of likeliness (of equal ones, of ids). So nothing is sorted: a token
-    is allowed if those before it are few and light enough; where it is not, the next to try is the highest of them.
+    is allowed if those before it are few and light enough; where it is not, the next is drawn from those before it.
     Each round costs a few sums over the vocabulary; the first is refused with the probability that the cuts take away.
     """
     ids = _ids(scaled.shape[-1])
@@ -161,12 +171,13 @@ def _highest_allowed(
         return is_beyond & (count > 0)  # the likeliest token is always allowed
 
     def retry(now):
-        token, is_open = now
+        token, is_open, attempt = now
         is_before, _ = likelier_than(token)
-        token = jnp.where(is_open, _highest(jnp.where(is_before, noisy, -jnp.inf)), token)
-        return token, is_open & is_refused(token)
+        token = jnp.where(is_open, _one_of(jnp.where(is_before, scaled, -jnp.inf), keys, attempt), token)
+        return token, is_open & is_refused(token), attempt + 1
 
-    return jax.lax.while_loop(lambda now: now[1].any(), retry, (first, is_cut & is_refused(first)))[0]
+    start = first, is_cut & is_refused(first), jnp.int32(1)
+    return jax.lax.while_loop(lambda now: now[1].any(), retry, start)[0]
 
 
 def _mass(
