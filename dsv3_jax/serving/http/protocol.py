@@ -109,11 +109,6 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
 
-    @property
-    def text(self) -> str:
-        """Its pieces together."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
 
 class Thinking(Body):
     """DeepSeek's switch."""
