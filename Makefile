@@ -59,7 +59,7 @@ test: $(STAMP) ## the fast tests, about a quarter of an hour on 2 cores
 test-slow: $(STAMP) ## only the slow tests
 	$(PYTEST) -m "slow" $(ARGS)
 
-test-all: $(STAMP) ## all tests, under 45 minutes on 2 cores
+test-all: $(STAMP) ## all tests, about an hour on 2 cores
 	$(PYTEST) $(ARGS)
 
 test-aot: $(AOT_STAMP) ## compile every kernel for H100 without one; ARGS=--write renews kernels/results/compiled_sm90a.md
