@@ -28,6 +28,8 @@ CASES = {
 MOST = {"out": 4e-3, "lse": 1e-5, "d_q": 6e-3, "d_k": 6e-3, "d_v": 6e-3}
 """Norm of the error against float32, over the norm: bfloat16 rounds by 2^-9 of each factor and result. Over 1 where the
 norm is smaller: a query that sees one key has no gradient."""
+FEW = 8
+"""Queries whose roundings are too few to even out: twice the errors. dP - D of one query and two keys may cancel."""
 
 
 def drawn(rng: np.random.Generator, *, is_packed: bool) -> tuple[Case, tuple[int, ...]]:
@@ -65,7 +67,8 @@ def main(name: str, seed: int) -> None:
         np.testing.assert_array_equal(np.isinf(ours), np.isinf(theirs), err_msg=f"{name}, seed {seed}: {part}")
         ours, theirs = (np.where(np.isinf(x), 0, x) for x in (ours, theirs))
         errors[part] = float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1.0))
-    about = {"name": name, "case": case._asdict(), "starts": first, "errors": errors, "most": MOST, "seed": seed}
+    most = {part: error * (2 if case.T < FEW else 1) for part, error in MOST.items()}
+    about = {"name": name, "case": case._asdict(), "starts": first, "errors": errors, "most": most, "seed": seed}
     print(json.dumps(about), flush=True)
 
 
