@@ -121,6 +121,7 @@ def serving_config(given: argparse.Namespace) -> ServingConfig:
         max_num_seqs=given.max_num_seqs,
         max_num_batched_tokens=given.max_num_batched_tokens,
         num_pages=given.num_pages,
+        max_output_tokens=given.max_output_tokens,
         prefix_cache=not given.no_prefix_cache,
         batch_invariant=given.batch_invariant,
         drain_seconds=given.drain_seconds,
@@ -203,6 +204,7 @@ def add_server(add: Callable[..., Any]) -> None:
     add("--max-num-seqs", type=int, default=default.max_num_seqs, metavar="N", help="that run at once; default 16")
     add("--max-num-batched-tokens", type=int, metavar="N", help="of one step; default 128 on a CPU, else 2048")
     add("--num-pages", type=int, metavar="N", help="of the cache, 64 tokens each; default: 2048 tokens a sequence")
+    add("--max-output-tokens", type=int, metavar="N", help="of one completion; default: all its prompt leaves")
     add("--no-prefix-cache", action="store_true", help="compute every prompt anew")
     add("--batch-invariant", action="store_true", help="the same bits whoever runs beside, at the cost of padding")
     add("--drain-seconds", type=float, default=default.drain_seconds, metavar="S", help="after SIGTERM; default 30")

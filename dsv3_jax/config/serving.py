@@ -20,6 +20,9 @@ class ServingConfig:
     num_pages: int | None = None
     """Pages of the latent cache, 64 tokens each; None: room for `max_num_seqs` sequences of 2048 tokens, or of
     `max_position` where that is less."""
+    max_output_tokens: int | None = None
+    """Tokens of one completion, at most; all of the room but that many is then for its prompt, so that every prompt
+    that is taken may have every completion that is. None: only their sum is limited."""
     prefix_cache: bool = True
     """Pages of finished sequences are found again by prompts that begin with the same tokens."""
     batch_invariant: bool = False

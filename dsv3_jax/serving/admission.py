@@ -28,8 +28,13 @@ def checked_ids(prompt_ids: Sequence[int], *, vocab_size: int) -> tuple[int, ...
     return prompt
 
 
-def tokens_to_come(num_prompt_tokens: int, max_tokens: int | None, *, max_length: int) -> int:
-    """How many tokens may follow the prompt: `max_tokens`, or as many as fit where it is None."""
+def tokens_to_come(
+    num_prompt_tokens: int, max_tokens: int | None, *, max_length: int, max_output_tokens: int | None
+) -> int:
+    """How many tokens may follow the prompt: `max_tokens`, or as many as are allowed where it is None."""
+    if max_output_tokens is not None:
+        _check_apart(num_prompt_tokens, max_tokens, max_length=max_length, max_output_tokens=max_output_tokens)
+        return max_output_tokens if max_tokens is None else max_tokens
     room = max_length - num_prompt_tokens
     if room < (1 if max_tokens is None else max_tokens):
         asked = "" if max_tokens is None else f" and max_tokens={max_tokens}"
@@ -39,6 +44,22 @@ def tokens_to_come(num_prompt_tokens: int, max_tokens: int | None, *, max_length
             param="prompt" if room < 1 else "max_tokens",
         )
     return room if max_tokens is None else max_tokens
+
+
+def _check_apart(num_prompt_tokens: int, max_tokens: int | None, *, max_length: int, max_output_tokens: int) -> None:
+    """Raises where the prompt or its completion is longer than its own part of the room."""
+    if max_tokens is not None and max_tokens > max_output_tokens:
+        raise RequestError(
+            f"max_tokens={max_tokens}, but a completion may have at most {max_output_tokens} tokens here. Lower it.",
+            param="max_tokens",
+        )
+    most = max_length - max_output_tokens
+    if num_prompt_tokens > most:
+        raise RequestError(
+            f"the prompt has {num_prompt_tokens} tokens; here it may have at most {most}, as {max_output_tokens} of "
+            f"{max_length} are kept for the completion. Shorten it.",
+            param="prompt",
+        )
 
 
 def check_queue(waiting: Queue, more: Queue, *, serving: ServingConfig) -> None:

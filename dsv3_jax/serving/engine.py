@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dsv3_jax.config.check import check
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.serving import PAGE_SIZE, ServingConfig
 from dsv3_jax.data.tokenizer import TextTokenizer
@@ -62,6 +63,11 @@ class Engine:
         self._ids, self._versions = itertools.count(), itertools.count(1)
         runner = Runner(cfg, variables, self.serving, functions=functions)
         self._runner, self._mailbox = runner, Mailbox()
+        check(
+            self.max_prompt_tokens >= 1,
+            f"max_output_tokens={self.serving.max_output_tokens} of {self.max_length} tokens in all leaves none for a "
+            "prompt; lower it, or raise num_pages (ServingConfig).",
+        )
         self._loop = Loop(
             runner,
             Scheduler(
@@ -93,6 +99,11 @@ class Engine:
     def max_length(self) -> int:
         """Tokens of prompt and completion together, at most."""
         return min(self.cfg.max_position, self._runner.num_pages * PAGE_SIZE)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of a prompt, at most."""
+        return self.max_length - (self.serving.max_output_tokens or 0)
 
     def __enter__(self) -> "Engine":
         return self
@@ -263,7 +274,8 @@ class Engine:
         has_tokenizer = self.tokenizer is not None
         check_limits(params, vocab_size=self.cfg.vocab_size, has_tokenizer=has_tokenizer, serving=self.serving)
         prompt = checked_ids(prompt_ids, vocab_size=self.cfg.vocab_size)
-        return prompt, tokens_to_come(len(prompt), params.max_tokens, max_length=self.max_length)
+        limits = {"max_length": self.max_length, "max_output_tokens": self.serving.max_output_tokens}
+        return prompt, tokens_to_come(len(prompt), params.max_tokens, **limits)
 
     def _check_room(self, num_sequences: int, num_tokens: int) -> None:
         """Whether the engine takes as many more sequences of so many tokens each; with the mailbox's lock."""

@@ -102,7 +102,7 @@ class Server:
 
     def __init__(self) -> None:
         self.events: list[Any] = []
-        self.status, self.cut, self.is_endless = 200, 1000, False
+        self.status, self.cut, self.is_endless, self.most = 200, 1000, False, 100_000
         self.asked: list[tuple[str, str | None, Any]] = []
         self.was_left = threading.Event()
         outer = self
@@ -110,7 +110,8 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.note(self, None)
-                outer.answer(self, 200, json.dumps({"data": [{"id": "the-model"}]}).encode())
+                card = {"id": "the-model", "max_output_tokens": outer.most}
+                outer.answer(self, 200, json.dumps({"data": [card]}).encode())
 
             def do_POST(self) -> None:
                 outer.note(self, json.loads(self.rfile.read(int(self.headers["content-length"]))))
@@ -276,6 +277,12 @@ def test_the_key_is_sent(server: Server, use) -> None:
     named = ["until shown", "model", "the-model"]
     use(named, ["set", "key", "secret"], ["change", "key"], ["set", "text", "x"], "submit", "until idle")
     assert [key for _, key, _ in server.asked] == [None, "Bearer secret", "Bearer secret"]
+
+
+def test_no_more_is_asked_for_than_a_completion_may_have(server: Server, use) -> None:
+    server.events, server.most = [completion("y")], 64
+    use(["until shown", "model", "the-model"], ["set", "text", "x"], "submit", "until idle")
+    assert server.asked[-1][2]["max_tokens"] == 64
 
 
 # With a model

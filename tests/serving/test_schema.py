@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from dsv3_jax.config.check import ConfigError
 from dsv3_jax.config.serving import ServingConfig
 from dsv3_jax.serving.chat_format import ChatFormat
 from dsv3_jax.serving.engine import Engine
@@ -18,8 +19,8 @@ from tests.serving.running import MODEL, serving, small_tokenizer
 
 @pytest.fixture(scope="module")
 def url(golden_model) -> Iterator[str]:
-    """A server whose model ends nearly every text at once, with room for 1280 tokens."""
-    config = ServingConfig(max_num_seqs=8, num_pages=20, max_num_batched_tokens=64)
+    """A server whose model ends nearly every text at once, with room for 1216 tokens of a prompt and 64 behind it."""
+    config = ServingConfig(max_num_seqs=8, num_pages=20, max_num_batched_tokens=64, max_output_tokens=64)
     with Engine(*golden_model("tiny_b"), config, small_tokenizer(), eos_ids=range(8, 256)) as engine:
         with serving(engine, chat_format=ChatFormat("plain", engine.tokenizer)) as url:
             yield url
@@ -30,14 +31,37 @@ def url(golden_model) -> Iterator[str]:
 def test_drawn_requests(url: str, tmp_path: Path, num_examples: int) -> None:
     """Schemathesis as users run it: its pytest plugin draws no boundary values, and fails with pytest 9.2.
 
-    A schema limits prompts and max_tokens, and cannot limit their sum. So with some seeds one request of thousands is
-    refused (400, "together they may be at most 1280") though the schema allows it; of 200 examples with every second.
+    A schema limits prompts and max_tokens, and cannot limit their sum: that is what `max_output_tokens` is for here.
     """
     program = Path(sys.executable).with_name("schemathesis")
     arguments = ["run", f"{url}/openapi.json", "--mode", "all", "--max-examples", str(num_examples)]
     arguments += ["--seed", "11", "--no-color", "--request-timeout", "120"]
     result = subprocess.run([program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-20_000:]
+
+
+def test_prompts_and_completions_have_limits_of_their_own(url: str) -> None:
+    def ask(num_prompt: int, max_tokens: int) -> httpx.Response:
+        body = {"model": MODEL, "prompt": [0] * num_prompt, "max_tokens": max_tokens, "ignore_eos": True}
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+
+    assert ask(1216, 64).json()["usage"]["total_tokens"] == 1280
+    assert httpx.get(f"{url}/v1/models").json()["data"][0]["max_output_tokens"] == 64
+    for size, field, message in (
+        ((1, 65), "max_tokens", "max_tokens=65 .* at most 64"),
+        ((1217, 1), "prompt", "1217 tokens.* at most 1216, as 64 of 1280"),
+    ):
+        answer = ask(*size)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+        assert re.search(message, answer.json()["error"]["message"])
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=chat, timeout=120).json()
+    assert answer["usage"]["completion_tokens"] == 64
+
+
+def test_a_limit_of_completions_must_leave_room_for_a_prompt(golden_model) -> None:
+    with pytest.raises(ConfigError, match=r"max_output_tokens=64 of 64 tokens in all leaves none .* lower it"):
+        Engine(*golden_model("tiny_b"), ServingConfig(num_pages=1, max_output_tokens=64))
 
 
 def test_the_schema_names_the_model_and_the_stream(url: str) -> None:

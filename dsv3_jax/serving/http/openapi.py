@@ -51,7 +51,7 @@ def _name(schema: Schema, model_name: str) -> None:
 
 def _limit(properties: Schema, served: Served) -> None:
     """Limits of the fields that a body has."""
-    serving, room, last_id = served.engine.serving, served.engine.max_length, served.engine.cfg.vocab_size - 1
+    serving, last_id = served.engine.serving, served.engine.cfg.vocab_size - 1
     most = served.most_tokens(is_chat="messages" in properties)
     limits: dict[str, dict[str, Schema]] = {
         "max_tokens": {"integer": {"maximum": most}},
@@ -76,7 +76,7 @@ def _limit(properties: Schema, served: Served) -> None:
         for branch in properties["prompt"]["anyOf"]:
             is_one = branch.get("items", {}).get("type") == "integer"
             if branch["type"] == "array":
-                branch["maxItems"] = room if is_one else serving.max_waiting_requests
+                branch["maxItems"] = served.engine.max_prompt_tokens if is_one else serving.max_waiting_requests
     if served.engine.tokenizer is None and "prompt" in properties:
         _leave_out_text(properties)
 

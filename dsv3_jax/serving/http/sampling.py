@@ -22,14 +22,11 @@ _ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def check_max_tokens(body: Request, *, most: int) -> None:
-    """Raises where more than `most` tokens are asked for, which leaves no room for a prompt.
-
-    Also where another field goes before it.
-    """
+    """Raises where more than `most` tokens are asked for; also by a field that another one goes before."""
     for name in ("max_tokens", "max_completion_tokens"):
         asked = getattr(body, name, None)
         if asked is not None and asked > most:
-            raise RequestError(f"{name}={asked} leaves no room for a prompt; at most {most} do.", param=name)
+            raise RequestError(f"{name}={asked} is too much for a completion; ask for at most {most}.", param=name)
 
 
 def completion_params(body: CompletionRequest) -> SamplingParams:

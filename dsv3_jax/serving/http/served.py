@@ -59,8 +59,13 @@ class Served:
             raise UnknownModel(f"model {ascii(name)[:100]} is not served here; use {self.model_name!r}.", param="model")
 
     def most_tokens(self, *, is_chat: bool) -> int:
-        """Tokens that the shortest prompt leaves room for: one token, or a turn of a user who says nothing."""
-        return self.engine.max_length - (self.shortest_chat if is_chat else 1)
+        """Tokens of a completion: the engine's limit, or what the shortest prompt leaves room for.
+
+        That is one token, or a turn of a user who says nothing.
+        """
+        room = self.engine.max_length - (self.shortest_chat if is_chat else 1)
+        limit = self.engine.serving.max_output_tokens
+        return room if limit is None else min(room, limit)
 
     @functools.cached_property
     def shortest_chat(self) -> int:

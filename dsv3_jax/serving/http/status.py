@@ -65,4 +65,5 @@ def _card(served: Served) -> dict[str, object]:
         "created": served.created,
         "owned_by": "dsv3-jax",
         "max_model_len": served.engine.max_length,
+        "max_output_tokens": served.most_tokens(is_chat=served.chat is not None),
     }
