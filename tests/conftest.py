@@ -1,6 +1,7 @@
 """The strict surroundings of every test: eight CPU devices, no silent promotion, checked signatures.
 
-Environment: `DSV3_TYPECHECK=0` turns off the checking of signatures; `JAX_PLATFORMS=cuda` runs the tests on a GPU.
+Environment: `DSV3_TYPECHECK=0` turns off the checking of signatures; `JAX_PLATFORMS=cuda` runs the tests on a GPU;
+`DSV3_TEST_SEED=N` draws what a test that failed had drawn.
 """
 
 import gc
@@ -13,8 +14,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
+
+from tests.fresh import fresh_rng
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -61,6 +65,12 @@ def few_mappings() -> Iterator[None]:
 def key() -> jax.Array:
     """A fixed random key."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers of this run; see `fresh_rng`."""
+    return fresh_rng()
 
 
 @pytest.fixture(scope="session")

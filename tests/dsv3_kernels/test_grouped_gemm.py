@@ -36,8 +36,8 @@ masked_gemm = jax.jit(grouped_fp8_gemm_masked, static_argnames=("out_dtype", "im
 contraction_gemm = jax.jit(grouped_fp8_gemm_k, static_argnames=("num_groups", "implementation"))
 
 
-def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng().standard_normal(shape).astype(ml_dtypes.bfloat16)
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
 
 
 def float64(x) -> np.ndarray:
@@ -68,8 +68,8 @@ def exact_contraction(a, b, block_group, num_groups) -> np.ndarray:
 
 @named
 @pytest.mark.parametrize("case", CONTIGUOUS, ids=lambda case: case.name)
-def test_contiguous_error_is_that_of_quantising(case, form):
-    x, w, block_group = normal(case.m, case.k), normal(len(case.blocks), case.n, case.k), case.block_group
+def test_contiguous_error_is_that_of_quantising(case, form, rng):
+    x, w, block_group = normal(rng, case.m, case.k), normal(rng, len(case.blocks), case.n, case.k), case.block_group
     a, b = quantize_tiles(x, tile=(1, 128)), quantize_tiles(w, tile=(128, 128))
     out = contiguous_gemm(a, b, block_group, implementation=form)
     assert out.shape == (case.m, case.n)
@@ -81,9 +81,9 @@ def test_contiguous_error_is_that_of_quantising(case, form):
 
 @named
 @pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
-def test_masked_error_is_that_of_quantising(case, form):
+def test_masked_error_is_that_of_quantising(case, form, rng):
     groups = len(case.valid)
-    x, w = normal(groups, case.m, case.k), normal(groups, case.n, case.k)
+    x, w = normal(rng, groups, case.m, case.k), normal(rng, groups, case.n, case.k)
     a, b = quantize_tiles(x, tile=(1, 128)), quantize_tiles(w, tile=(128, 128))
     out = masked_gemm(a, b, np.array(case.valid, np.int32), implementation=form)
     assert out.shape == (len(case.valid), case.m, case.n)
@@ -96,10 +96,11 @@ def test_masked_error_is_that_of_quantising(case, form):
 
 @named
 @pytest.mark.parametrize("case", CONTRACTION, ids=lambda case: case.name)
-def test_contraction_error_is_that_of_quantising(case, form):
-    x, w, groups, block_group = normal(case.m, case.k), normal(case.n, case.k), len(case.blocks), case.block_group
+def test_contraction_error_is_that_of_quantising(case, form, rng):
+    groups, block_group = len(case.blocks), case.block_group
+    x, w = normal(rng, case.m, case.k), normal(rng, case.n, case.k)
     a, b = quantize_tiles(x, tile=(1, 128)), quantize_tiles(w, tile=(1, 128))
-    sums = normal(groups, case.m, case.n).astype(np.float32) if case.accumulates else None
+    sums = normal(rng, groups, case.m, case.n).astype(np.float32) if case.accumulates else None
     out = contraction_gemm(a, b, block_group, num_groups=groups, accumulate_into=sums, implementation=form)
     assert out.dtype == jnp.float32
     exact = exact_contraction(x, w, block_group, groups)
@@ -153,8 +154,7 @@ def test_contraction_forms_agree(blocks, skipped, m, n, accumulates, seed):
 
 
 @named
-def test_order_of_blocks_and_names_of_groups_do_not_matter(form):
-    rng = np.random.default_rng()
+def test_order_of_blocks_and_names_of_groups_do_not_matter(form, rng):
     block_group = np.array([0, 2, 2, -1, 1], np.int32)
     a, b = random_operand(rng, (640, 256)), random_operand(rng, (3, 72, 256), 128)
     product = functools.partial(contiguous_gemm, out_dtype=jnp.float32, implementation=form)
@@ -200,8 +200,7 @@ def test_a_token_that_is_nan_stays_in_its_row(form):
 
 
 @named
-def test_under_vmap_and_shard_map(form):
-    rng = np.random.default_rng()
+def test_under_vmap_and_shard_map(form, rng):
     a, b = random_operand(rng, (512, 256)), random_operand(rng, (2, 40, 256), 128)
     block_group = np.array([0, 1, 1, -1], np.int32)
     gemm = functools.partial(contiguous_gemm, out_dtype=jnp.float32, implementation=form)

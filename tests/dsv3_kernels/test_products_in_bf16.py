@@ -77,9 +77,9 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_equals_the_reference(name):
+def test_equals_the_reference(name, rng):
     exact, product, draw = PRODUCTS[name]
-    arrays, names = draw(np.random.default_rng())
+    arrays, names = draw(rng)
     found, expected = (jax.jit(functools.partial(form, **names))(*arrays) for form in (product, exact))
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     # Two orders of additions may round to neighbours in bfloat16.

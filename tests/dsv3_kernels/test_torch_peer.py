@@ -149,8 +149,7 @@ def test_only_kernels_are_on_the_clock():
         clock.kernel_seconds(events[1:3], "cuda")
 
 
-def test_groups_hold_all_sequences_and_little_padding():
-    rng = np.random.default_rng()
+def test_groups_hold_all_sequences_and_little_padding(rng):
     lengths = tuple(np.maximum(rng.normal(4096, 2048, 128), 2).astype(int).tolist())
     groups = decode.group_lengths(lengths, decode.GROUPS)
     assert sorted(length for group in groups for length in group) == sorted(lengths)

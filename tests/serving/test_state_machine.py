@@ -1,6 +1,5 @@
 """Requests, aborts, steps, new weights in any order: pages are conserved, and everybody ends once and rightly."""
 
-import random
 from collections import Counter
 from typing import ClassVar
 
@@ -20,6 +19,7 @@ from dsv3_jax.config.serving import PAGE_SIZE
 from dsv3_jax.serving.errors import RequestError
 from dsv3_jax.serving.scheduler import Scheduler
 from dsv3_jax.serving.sequence import Progress, Sequence, Status, StepPlan, StepResult
+from tests.fresh import fresh_rng
 from tests.serving.fake_runner import EOS, VOCAB, FakeRunner, completion
 
 BEGINNINGS = [[(number + i * i) % VOCAB for i in range(600)] for number in range(2)]
@@ -217,10 +217,10 @@ class Serving(RuleBasedStateMachine):
 
 def run(num_operations: int) -> None:
     """Each round has a seed of its own: under CI hypothesis would draw the same examples in all of them."""
-    seeds = random.Random(0 if settings().derandomize else None)
+    rng = fresh_rng()
     Serving.seen.clear()
     while Serving.seen["operations"] < num_operations:
-        seed(seeds.getrandbits(32))(Serving)
+        seed(int(rng.integers(2**32)))(Serving)
         run_state_machine_as_test(Serving, settings=settings(max_examples=20, stateful_step_count=50))
     print(dict(Serving.seen))
 

@@ -32,8 +32,8 @@ def exact(case: cases.GroupedCase, inputs: cases.GroupedInputs) -> dict[str, np.
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_each_group_has_its_own_product_in_all_directions(case, implementation):
-    inputs = cases.make_inputs(case, jax.random.key(np.random.default_rng().integers(2**31)))
+def test_each_group_has_its_own_product_in_all_directions(case, implementation, rng):
+    inputs = cases.make_inputs(case, jax.random.key(rng.integers(2**31)))
     is_skipped = np.repeat(case.block_group, case.block)[:, None] < 0
     poisoned = inputs._replace(
         rows=jnp.where(is_skipped, jnp.bfloat16(jnp.nan), inputs.rows),
@@ -47,8 +47,7 @@ def test_each_group_has_its_own_product_in_all_directions(case, implementation):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_implementations_agree_on_any_order_of_groups_and_height_of_blocks(dtype):
-    rng = np.random.default_rng()
+def test_implementations_agree_on_any_order_of_groups_and_height_of_blocks(dtype, rng):
     ids = rng.integers(-1, 3, 6).astype(np.int32)
     rows, weights = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((6 * 8, 40), (3, 56, 40)))
     by_form = [

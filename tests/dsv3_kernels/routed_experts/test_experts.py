@@ -11,6 +11,7 @@ import pytest
 
 from dsv3_kernels import expert_ffn, expert_ffn_reference, gather_rows, plan_blocks, plan_few, row_weights, sum_rows
 from dsv3_kernels.routed_experts import loops
+from tests.fresh import fresh_rng
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -45,7 +46,7 @@ def test_chunks_cover_each_used_block_once(blocks, block_size):
 
 def inputs(N, load="random", dtype=jnp.float32):
     """Tokens, weights of E experts, weights and ids of K choices, and a gradient of the result."""
-    rng = np.random.default_rng()
+    rng = fresh_rng()
 
     def array(*shape):
         return jnp.asarray(rng.standard_normal(shape), dtype)

@@ -10,19 +10,21 @@ import pytest
 
 from dsv3_kernels import BlockPlan, gather_rows, plan_blocks, plan_few, row_weights, sum_rows
 from dsv3_kernels.routed_experts.plan import FEW_TOKENS, block_size_for, num_blocks
+from tests.fresh import fresh_rng
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+RNG = fresh_rng()
 
 
 def random_ids(N: int, K: int, E: int, *, step: int = 1) -> np.ndarray:
     """Distinct experts of each token, each a multiple of `step`."""
-    return np.argsort(np.random.default_rng().random((N, E)), axis=1)[:, :K] * step
+    return np.argsort(RNG.random((N, E)), axis=1)[:, :K] * step
 
 
 def with_others(ids: np.ndarray, E: int) -> np.ndarray:
     """About half of the ids made to mean no expert."""
-    rng = np.random.default_rng()
-    return np.where(rng.random(ids.shape) < 0.5, rng.choice([-7, -1, E, E + 3], ids.shape), ids)
+    return np.where(RNG.random(ids.shape) < 0.5, RNG.choice([-7, -1, E, E + 3], ids.shape), ids)
 
 
 def case(ids: np.ndarray, E: int, **how) -> tuple:
@@ -85,9 +87,9 @@ def test_blocks_of_one_expert_are_neighbours_and_tokens_stay_in_order(name):
 
 
 @each_case
-def test_rows_and_tokens_equal_plain_indexing_with_gradients(name):
+def test_rows_and_tokens_equal_plain_indexing_with_gradients(name, rng):
     """Each way is the other's transpose, and the sum of weighted rows is the token times the sum of its weights."""
-    (ids, E, _), plan, rng = CASES[name], planned(name), np.random.default_rng()
+    (ids, E, _), plan = CASES[name], planned(name)
     (N, K), M = ids.shape, plan.token_of.size
 
     def array(*shape):

@@ -28,8 +28,7 @@ def _visits(tile, rows, columns, num_sms):
 
 
 @pytest.mark.parametrize("cluster", ["", "m", "n"])
-def test_each_tile_is_visited_once(cluster):
-    rng = np.random.default_rng()
+def test_each_tile_is_visited_once(cluster, rng):
     rows, columns = (int(size) for size in rng.integers(1, 2000, 2))
     tile = Tile(128, 128, 2, cluster, group=int(rng.integers(1, 9)))
     counts = jax.device_get(_visits(tile, rows, columns, num_sms=6))
