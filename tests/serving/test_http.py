@@ -1,6 +1,7 @@
 """The server from outside: every limit, every error, clients that go away, and its end."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import socket
@@ -15,7 +16,7 @@ from dsv3_jax.config.check import UserError
 from dsv3_jax.config.serving import ServingConfig
 from dsv3_jax.serving.emitter import Reader
 from dsv3_jax.serving.engine import Engine
-from dsv3_jax.serving.http import completions
+from dsv3_jax.serving.http import completions, connection
 from dsv3_jax.serving.http.app import create_app
 from dsv3_jax.serving.http.server import api_key_of, bind
 from dsv3_jax.serving.runner import Runner
@@ -337,6 +338,27 @@ def test_a_slow_reader_gets_everything_and_slows_nobody(url, engine) -> None:
         for choice in event["choices"]:
             counts[choice["index"]] += len(choice["token_ids"])
     assert counts == [200] * 4
+
+
+def test_a_client_that_never_reads_is_left(url, monkeypatch) -> None:
+    """It asks for more than all buffers between it and the server hold."""
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.3)
+    host, port = url.removeprefix("http://").split(":")
+    size = len(httpx.get(f"{url}/openapi.json").content)
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((host, int(port)))
+        deaf.settimeout(60)
+        asked, received = 0, 0
+        with contextlib.suppress(ConnectionError):
+            while asked < 4000:
+                deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 100)
+                asked += 100
+            time.sleep(2)
+            while piece := deaf.recv(1 << 16):
+                received += len(piece)
+    assert received < asked * size
+    assert get(f"{url}/health").status_code == 200
 
 
 def test_others_are_answered_while_text_is_cut(url, engine) -> None:

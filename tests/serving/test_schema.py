@@ -1,5 +1,6 @@
 """The OpenAPI schema and the server say the same: what it allows is answered, what it forbids is refused."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from dsv3_jax.config.check import ConfigError
 from dsv3_jax.config.serving import ServingConfig
+from dsv3_jax.serving.admission import tokens_to_come
 from dsv3_jax.serving.chat_format import ChatFormat
 from dsv3_jax.serving.engine import Engine
 from dsv3_jax.serving.http.openapi import numbers_up_to
@@ -19,9 +21,11 @@ from tests.serving.running import MODEL, serving, small_tokenizer
 
 @pytest.fixture(scope="module")
 def url(golden_model) -> Iterator[str]:
-    """A server whose model ends nearly every text at once, with room for 1216 tokens of a prompt and 64 behind it."""
-    config = ServingConfig(max_num_seqs=8, num_pages=20, max_num_batched_tokens=64, max_output_tokens=64)
-    with Engine(*golden_model("tiny_b"), config, small_tokenizer(), eos_ids=range(8, 256)) as engine:
+    """A server whose model ends nearly every text at once, with room for 4032 tokens of a prompt and 64 behind it."""
+    config = ServingConfig(max_num_seqs=8, num_pages=64, max_num_batched_tokens=64, max_output_tokens=64)
+    cfg, variables = golden_model("tiny_b")
+    cfg = dataclasses.replace(cfg, max_position=4096)
+    with Engine(cfg, variables, config, small_tokenizer(), eos_ids=range(8, 256)) as engine:
         with serving(engine, chat_format=ChatFormat("plain", engine.tokenizer)) as url:
             yield url
         engine.check()
@@ -31,7 +35,8 @@ def url(golden_model) -> Iterator[str]:
 def test_drawn_requests(url: str, tmp_path: Path, num_examples: int) -> None:
     """Schemathesis as users run it: its pytest plugin draws no boundary values, and fails with pytest 9.2.
 
-    A schema limits prompts and max_tokens, and cannot limit their sum: that is what `max_output_tokens` is for here.
+    A schema limits prompts and max_tokens, and cannot limit their sum; so this server has `max_output_tokens`. Nor
+    does it limit what is a prompt's text: of that, up to 1300 bytes are drawn, a token each.
     """
     program = Path(sys.executable).with_name("schemathesis")
     arguments = ["run", f"{url}/openapi.json", "--mode", "all", "--max-examples", str(num_examples)]
@@ -45,11 +50,12 @@ def test_prompts_and_completions_have_limits_of_their_own(url: str) -> None:
         body = {"model": MODEL, "prompt": [0] * num_prompt, "max_tokens": max_tokens, "ignore_eos": True}
         return httpx.post(f"{url}/v1/completions", json=body, timeout=120)
 
-    assert ask(1216, 64).json()["usage"]["total_tokens"] == 1280
+    assert ask(2, 64).json()["usage"]["total_tokens"] == 66
+    assert tokens_to_come(4032, 64, max_length=4096, max_output_tokens=64) == 64
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["max_output_tokens"] == 64
     for size, field, message in (
         ((1, 65), "max_tokens", "max_tokens=65 .* at most 64"),
-        ((1217, 1), "prompt", "1217 tokens.* at most 1216, as 64 of 1280"),
+        ((4033, 1), "prompt", "4033 tokens.* at most 4032, as 64 of 4096"),
     ):
         answer = ask(*size)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)

@@ -11,11 +11,15 @@ from dsv3_jax.serving.http.errors import error_body
 HEAD_SECONDS = 30.0
 """Time that a new connection gets to send the head of its first request."""
 
+READ_SECONDS = 60.0
+"""Time that a client gets to read what fills its connection (64 KiB behind the system's own buffers)."""
+
 
 class Connection(H11Protocol):
-    """Closes what sends no request; answers malformed ones in JSON; takes requests to upgrade as plain ones."""
+    """Closes what sends no request or reads no answer; answers malformed requests in JSON; upgrades nothing."""
 
     _patience: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Starts the clock."""
@@ -23,10 +27,22 @@ class Connection(H11Protocol):
         self._patience = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clock."""
-        if self._patience is not None:
-            self._patience.cancel()
+        """Stops the clocks."""
+        for clock in (self._patience, self._reading):
+            if clock is not None:
+                clock.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Waits for the client to read, not for ever."""
+        super().pause_writing()
+        self._reading = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        if self._reading is not None:
+            self._reading.cancel()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Answers what h11 could not read, unless an answer is on its way, and closes."""
