@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -25,38 +24,31 @@ from jax.sharding import Mesh
 from dsv3_jax.config.arguments import add_config_arguments
 from dsv3_jax.config.check import UserError, check
 from dsv3_jax.config.load import fields_of, flatten, load_config, to_dict
-from dsv3_jax.config.mesh_rules import schedule_note
 from dsv3_jax.config.paths import user_path
 from dsv3_jax.config.run import RunConfig
-from dsv3_jax.interrupt import Stopped, StopRequest, leave
+from dsv3_jax.interrupt import Stop, Stopped, StopRequest, leave
 from dsv3_jax.model.functions import Functions
 from dsv3_jax.output import dependable_output
 from dsv3_jax.parallel.mesh import mesh_shape
 from dsv3_jax.planning.fit import plan_text
-from dsv3_jax.planning.flops import train_flops_per_token
 from dsv3_jax.serving.generate import generate
 from dsv3_jax.training import hosts
 from dsv3_jax.training.checkpoint import CheckpointError
-from dsv3_jax.training.devices import Trace, dump_programs, mesh_of, num_shares, simulate
-from dsv3_jax.training.evaluate import evaluate, evaluator_on, warm_up
+from dsv3_jax.training.devices import Trace, dump_programs, mesh_of, simulate
+from dsv3_jax.training.evaluate import SumLoss, evaluate, evaluator_on, warm_up
 from dsv3_jax.training.host_memory import keep_freed_memory
-from dsv3_jax.training.log import RunLog
 from dsv3_jax.training.mesh_step import step_on
-from dsv3_jax.training.metrics import Progress, metrics_row
-from dsv3_jax.training.progress import Clock, ProgressBar
+from dsv3_jax.training.metrics import Progress
+from dsv3_jax.training.monitor import Diverged, Monitor
+from dsv3_jax.training.pipelined import PipelineStep
 from dsv3_jax.training.replaced import functions_in, replaced
-from dsv3_jax.training.report import final_evaluations, finish, heldout_part
-from dsv3_jax.training.run import Run, StepTaken, open_run, steps
+from dsv3_jax.training.report import finish, heldout_part
+from dsv3_jax.training.run import Run, open_run, steps
 from dsv3_jax.training.sample import check_sample
-from dsv3_jax.training.step import StepReport
-from dsv3_jax.training.throughput import measure_matmul_peak
+from dsv3_jax.training.step import Step
 
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3
-
-
-class Diverged(hosts.AgreedError):
-    """Loss or gradient is no longer finite, as every process sees; the step was not applied."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,97 +129,74 @@ def described(cfg: RunConfig, functions: Functions) -> dict[str, Any]:
 def train(run: Run, own_stop: StopRequest, console: rich.console.Console, trace: Trace) -> int:
     """The loop, and what follows it; returns the exit code.
 
-    The report of a step is read while the next one runs, so the device never waits for the host. What takes long and
-    changes nothing runs under `stop`, which raises `Stopped` when the user asks for it. Every process of a run is here
-    and does the same; the first one writes and shows.
+    What takes long and changes nothing runs under `stop`, which raises `Stopped` when the user asks for it. Every
+    process of a run is here and does the same.
     """
-    cfg, output, stop = run.cfg.train, run.cfg.train.output, hosts.agreed(own_stop)
+    stop = hosts.agreed(own_stop)
     check_sample(run.cfg, run.data.tokenizer)
     step = step_on(run.cfg, run.mesh, run.functions)
     sum_loss = evaluator_on(run.cfg, run.mesh, run.functions)
-    log = RunLog(run.run_dir, step=run.progress.step, tensorboard=output.tensorboard) if hosts.is_first() else None
-    bar = ProgressBar(console, total_tokens=cfg.total_tokens, done=run.progress.tokens)
-    note = schedule_note(run.cfg.parallel, cfg.batch)
-    if note is not None:
-        bar.log(note)
-    unread: list[StepTaken] = []
-
-    def read_reports() -> None:
-        while unread:
-            progress, report, rates = unread.pop(0)
-            if not report.is_finite:
-                raise Diverged(explain_divergence(run, progress, report))
-            row = metrics_row(progress, report, rates, clock.lap(progress))
-            if log is not None and progress.step % output.log_every == 0:
-                log.write(row)
-            bar.show(row, clock.seconds_left(cfg.total_tokens - progress.tokens))
-
-    @contextlib.contextmanager
-    def compiling(name: str) -> Iterator[None]:
-        read_reports()
-        bar.log(f"compiling {name}, which takes up to a minute the first time …")
-        yield
-        clock.restart(run.progress)
-
+    monitor = Monitor(run, console)
     try:
         with contextlib.suppress(Stopped):
-            clock, has_evaluated = stop.run(start_clock, run), False
-            for taken in steps(run, step, stop=stop, compiling=compiling):
-                read_reports()
-                unread.append(taken)
-                if trace.step(taken.report):
-                    bar.log(f"the trace is in {run.run_dir / 'trace'}")
-
-                if output.eval_batches and is_due(run.progress, output.eval_every):
-                    if not has_evaluated:
-                        with compiling("the evaluation"):
-                            stop.run(warm_up, sum_loss, run.state.variables, heldout_part(run, stop))
-                        has_evaluated = True
-                    read_reports()
-                    result = stop.run(evaluate, sum_loss, run.state.variables, heldout_part(run, stop))
-                    if result is None:
-                        bar.log(f"step {run.progress.step}: these held-out batches score nothing")
-                    else:
-                        if log is not None:
-                            log.write_heldout({**run.progress._asdict(), **result._asdict()})
-                        bar.log(f"step {run.progress.step}: held-out {result.bits_per_byte:.4f} bits per byte")
-                    clock.pause(run.progress, times_after=final_evaluations(run))
-                if is_due(run.progress, output.checkpoint_every):
-                    read_reports()
-                    run.save()
-                    clock.pause(run.progress)
-        read_reports()
+            loop(run, step, sum_loss, monitor, stop, trace)
+        monitor.read()
         save_newest(run)
     except (Diverged, CheckpointError):
         raise
     except Exception as error:
         if hosts.count() > 1:  # the others know nothing of it, and a save needs all
             raise
-        saved = rescue(run, [taken.report for taken in unread])
+        saved = rescue(run, monitor)
         if isinstance(error, UserError):
             raise UserError(f"{error} {saved}") from error
         print(saved, file=sys.stderr)
         raise
     finally:
-        bar.close()
+        monitor.close()
         trace.close()
-        if log is not None:
-            log.close()
-    if run.progress.tokens < cfg.total_tokens:
+    if run.progress.tokens < run.cfg.train.total_tokens:
         if not run.progress.step:
             stop.check()
         console.print(f"saved after step {run.progress.step}; the same command continues.", highlight=False)
         return 0
+    failed = results(run, stop, own_stop, sum_loss, console)
+    if monitor.failure:
+        print(f"error: {monitor.failure}.", file=sys.stderr)
+    return EXIT_USER_ERROR if failed or monitor.failure else 0
+
+
+def loop(run: Run, step: Step | PipelineStep, sum_loss: SumLoss, monitor: Monitor, stop: Stop, trace: Trace) -> None:
+    """Takes steps, and scores and saves when it is time."""
+    output = run.cfg.train.output
+    stop.run(monitor.start)
+    has_evaluated = False
+    for taken in steps(run, step, stop=stop, compiling=monitor.compiling):
+        monitor.add(taken)
+        if trace.step(taken.report):
+            monitor.tell(f"the trace is in {run.run_dir / 'trace'}")
+        if output.eval_batches and is_due(run.progress, output.eval_every):
+            if not has_evaluated:
+                with monitor.compiling("the evaluation"):
+                    stop.run(warm_up, sum_loss, run.state.variables, heldout_part(run, stop))
+                has_evaluated = True
+            monitor.read()
+            monitor.evaluated(stop.run(evaluate, sum_loss, run.state.variables, heldout_part(run, stop)))
+        if is_due(run.progress, output.checkpoint_every):
+            monitor.read()
+            run.save()
+            monitor.saved()
+
+
+def results(run: Run, stop: Stop, own_stop: StopRequest, sum_loss: SumLoss, console: rich.console.Console) -> list[str]:
+    """What a finished run leaves behind; the names of what failed."""
     try:
         failed = stop.run(finish, run, stop, own_stop, sum_loss, partial(generate, functions=run.functions), console)
     except Stopped as stopped:
         console.print(f"{stopped}; training is done and saved, the same command computes the results.", highlight=False)
         failed = []
     hosts.barrier("the results are there")
-    failure = "" if log is None else log.tensorboard_failure
-    if failure:
-        print(f"error: {failure}.", file=sys.stderr)
-    return EXIT_USER_ERROR if failed or failure else 0
+    return failed
 
 
 def save_newest(run: Run) -> None:
@@ -238,9 +207,9 @@ def save_newest(run: Run) -> None:
     run.checkpoints.wait()
 
 
-def rescue(run: Run, unread: list[StepReport]) -> str:
+def rescue(run: Run, monitor: Monitor) -> str:
     """Saves what was trained when the run cannot go on; returns what became of it."""
-    if not all(report.is_finite for report in unread):
+    if not monitor.all_is_finite:
         return "The newest step is not saved: its loss is not finite."
     try:
         save_newest(run)
@@ -252,29 +221,6 @@ def rescue(run: Run, unread: list[StepReport]) -> str:
 def is_due(progress: Progress, every: int) -> bool:
     """Whether something that happens `every` steps (0: never) happens after this one."""
     return every > 0 and progress.step % every == 0
-
-
-def start_clock(run: Run) -> Clock:
-    """Times the steps from now on."""
-    return Clock(
-        run.progress,
-        flops_per_token=train_flops_per_token(run.cfg.model, run.cfg.train.seq_len),
-        peak_flops_per_s=num_shares(run.mesh) * measure_matmul_peak(run.functions.compute_dtype),
-    )
-
-
-def explain_divergence(run: Run, progress: Progress, report: StepReport) -> str:
-    """What happened, what is safe, and what to try."""
-    with contextlib.suppress(UserError):
-        run.checkpoints.wait()
-    steps = run.checkpoints.steps()
-    good = f"The last good checkpoint is step {steps[-1]}" if steps else "There is no checkpoint yet"
-    return (
-        f"step {progress.step} ({progress.tokens:,} tokens): loss {float(report.loss)}, gradient norm "
-        f"{float(report.grad_norm)}; this update was not applied. {good} in {run.checkpoints.folder}.\n"
-        "Try, in this order, each in a new --run-dir: a lower train.lr.peak or a longer train.lr.warmup_tokens; "
-        "a smaller train.optimizer.clip_norm; --set precision=float32; and look at the data of this step."
-    )
 
 
 def keep_compiled_programs(run_dir: Path) -> None:
