@@ -38,6 +38,7 @@ class Loop:
         self._emitter = Emitter(tokenizer=tokenizer, eos_ids=eos_ids, metrics=metrics, end=self._end)
         self._num_arriving = self._num_arriving_tokens = 0  # sequences in the mailbox
         self._state = "ready" if warm_up is None else "starting"
+        self._unsent: list[Progress] = []
         self._last_step = time.monotonic()
         self._thread = threading.Thread(target=self._run, args=(warm_up,), daemon=True, name="engine steps")
         self._thread.start()
@@ -106,6 +107,7 @@ class Loop:
             progress = self.scheduler.abort(sequence_id)
             if progress is not None:
                 self._runner.forget(progress.sequence)
+                self._send()  # its tokens, before its end
                 self._emitter.put([progress])
 
         self._mailbox.post(end)
@@ -137,6 +139,8 @@ class Loop:
                 self._mailbox.run_all()
                 if self.scheduler.has_work:
                     self._step()
+                if not self.scheduler.has_work:
+                    self._send()
                 self._measure()  # orders change what runs, too: an abort may leave nothing for a step
         except Exception:
             log.exception("the engine failed; its requests end, and it takes no more")
@@ -144,17 +148,29 @@ class Loop:
                 self._state = "failed"
         finally:
             self._mailbox.close()
+            self._send()
             self._emitter.end_all("abort")
 
     def _step(self) -> None:
         plan = self.scheduler.schedule()
         self._emitter.started([work.sequence for work in plan.chunks])
-        progress = self.scheduler.update(plan, self._runner.run(plan))
-        for one in progress:
+        launched = self._runner.launch(plan)
+        self._send()
+        self._unsent = self.scheduler.update(plan, self._runner.wait(launched))
+        for one in self._unsent:
             if one.finish_reason is not None:
                 self._runner.forget(one.sequence)
-        self._emitter.put(progress)
         self._last_step = time.monotonic()
+
+    def _send(self) -> None:
+        """Hands out what the last step gave.
+
+        While the next one runs: before it, the threads that make text and answers of it would hold the interpreter,
+        and the device would wait.
+        """
+        if self._unsent:
+            self._emitter.put(self._unsent)
+            self._unsent = []
 
     def _measure(self) -> None:
         self._metrics.step(

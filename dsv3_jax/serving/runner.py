@@ -1,6 +1,7 @@
 """The device's side of an engine: weights, the pool of pages, and the programs of a step."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +23,14 @@ from dsv3_jax.serving.steady import steady
 from dsv3_jax.serving.warm_up import Program, compile_all, draw_arguments, small_programs, step_programs
 from dsv3_jax.serving.weights import check_same, weights_of
 from dsv3_jax.typing import Array, DType, Int, Variables
+
+
+class Launched(NamedTuple):
+    """A plan whose programs run."""
+
+    plan: StepPlan
+    batches: list[Batch]
+    outputs: list[Outputs]
 
 
 class Runner:
@@ -65,11 +74,17 @@ class Runner:
         """Of the weights and of whatever else a page's rows depend on."""
         return self._weights.fingerprint
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Writes the rows of a plan's tokens into the pool, and draws a token behind each work that wants one."""
+    def launch(self, plan: StepPlan) -> Launched:
+        """Starts to write rows of a plan's tokens into the pool, and to draw a token behind each work that wants one.
+
+        Nothing is waited for. The next plan is launched after `wait`.
+        """
         batches = batches_of(plan, self._shapes)
-        outputs = [self._launch(batch) for batch in batches]
-        return result_of(plan, batches, jax.device_get(outputs))
+        return Launched(plan, batches, [self._start(batch) for batch in batches])
+
+    def wait(self, launched: Launched) -> StepResult:
+        """What a plan's programs gave, once they have ended."""
+        return result_of(launched.plan, launched.batches, jax.device_get(launched.outputs))
 
     def forget(self, sequence: Sequence) -> None:
         """Frees what is stored for a sequence that has ended."""
@@ -120,8 +135,8 @@ class Runner:
         self._pages, ran = program(self._cfg, *arrays, functions=self._functions)
         return ran
 
-    def _launch(self, batch: Batch) -> Outputs:
-        """Starts a batch's programs; nothing is waited for."""
+    def _start(self, batch: Batch) -> Outputs:
+        """Starts a batch's programs."""
         ran = self._step(batch)
         drawing = [sequence for sequence in batch.drawing if sequence is not None]
         ids, logprobs, prompt_logprobs = ran.likeliest, None, None

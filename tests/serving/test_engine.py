@@ -267,7 +267,7 @@ def test_a_step_that_fails_ends_every_caller(own_engine, monkeypatch, caplog) ->
     def fail(plan):
         raise MemoryError("no room for a step")
 
-    monkeypatch.setattr(engine._runner, "run", fail)
+    monkeypatch.setattr(engine._runner, "launch", fail)
     with pytest.raises(Unavailable, match="failed"):
         list(stream)
     assert engine.state == "failed"

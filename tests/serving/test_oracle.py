@@ -12,7 +12,8 @@ from dsv3_jax.model.transformer import forward
 from dsv3_jax.serving.engine import Engine
 from dsv3_jax.serving.outputs import RequestOutput
 from dsv3_jax.serving.params import SamplingParams
-from dsv3_jax.serving.sequence import StepPlan, StepResult
+from dsv3_jax.serving.runner import Launched
+from dsv3_jax.serving.sequence import StepPlan
 
 LONGEST = 256
 """Tokens that the golden models have positions for."""
@@ -132,14 +133,14 @@ class Meeting:
 
 
 def check(engine: Engine, model: Any, case: Case, seed: int) -> None:
-    before, meeting, run = engine.describe()["preemptions"], Meeting(engine, case, seed), engine._runner.run
+    before, meeting, launch = engine.describe()["preemptions"], Meeting(engine, case, seed), engine._runner.launch
 
-    def run_watched(plan: StepPlan) -> StepResult:
+    def launch_watched(plan: StepPlan) -> Launched:
         meeting.before_step(plan)
-        return run(plan)
+        return launch(plan)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._runner, "run", run_watched)
+        patch.setattr(engine._runner, "launch", launch_watched)
         outputs = meeting.run()
     check_greedy(*model, outputs)
     if case.is_preempted:

@@ -53,7 +53,7 @@ class Host:
             tuple(work for work, one in zip(works, is_decode) if one),
             tuple(work for work, one in zip(works, is_decode) if not one),
         )
-        result = self.runner.run(plan)
+        result = self.runner.wait(self.runner.launch(plan))
         for work, drawn in zip(plan.works, result.drawn):
             work.sequence.num_computed += work.count
             work.sequence.tokens += drawn.tokens
