@@ -16,13 +16,13 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv3_kernels.aot import hlo
+
 if TYPE_CHECKING:
     import jax
 
     from dsv3_kernels.aot.case import AotCase
 
-HLO = "program.hlo"
-"""The file of XLA's optimised program."""
 MEMORY = "program.memory"
 """The file of the memory that it needs, in words."""
 
@@ -66,7 +66,7 @@ def write_reports(case: "AotCase", folder: Path) -> None:
         os.dup2(log.fileno(), 2)
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
     compiled = compile_case(case)
-    (folder / HLO).write_text(compiled.as_text() or "", encoding="utf-8")
+    (folder / hlo.FILE).write_text(compiled.as_text() or "", encoding="utf-8")
     (folder / MEMORY).write_text(describe_memory(compiled), encoding="utf-8")
 
 

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+FILE = "program.hlo"
+"""The file of XLA's optimised program."""
 KERNEL = "kernel"
 """The name of a kernel of this package among launches."""
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.-]+) \(.*\{$", re.MULTILINE)

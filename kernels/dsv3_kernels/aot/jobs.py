@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv3_kernels.aot import compile, mlir
+from dsv3_kernels.aot import compile, hlo, mlir
 from dsv3_kernels.aot.case import AotCase
 
 TIMEOUT = 240.0
 """Seconds one case may take to compile."""
-KEPT = (".ptx", ".ptxas", ".sass_ctrl", compile.HLO, compile.MEMORY)
+KEPT = (".ptx", ".ptxas", ".sass_ctrl", hlo.FILE, compile.MEMORY)
 
 
 class Compiled(NamedTuple):

@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from dsv3_kernels.aot import descriptor, mlir, registers, sass
+from dsv3_kernels.aot import descriptor, hlo, mlir, registers, sass
 from dsv3_kernels.aot.case import AotCase
-from dsv3_kernels.aot.compile import HLO
 
 
 class Cost(NamedTuple):
@@ -63,7 +62,7 @@ def find_faults(case: AotCase, cost: Cost, dump: Mapping[str, str]) -> list[str]
     found = [re.search(pattern, code) for pattern in case.must_not_contain]
     faults += [f"has {each.group()} in PTX or SASS" for each in found if each]
     faults += [fault for kernel in _kernels(dump) for fault in _find_compiler_faults(kernel, dump)]
-    return faults + (case.expect(dump[HLO]) if case.expect else [])
+    return faults + (case.expect(dump[hlo.FILE]) if case.expect else [])
 
 
 def _find_compiler_faults(kernel: str, dump: Mapping[str, str]) -> list[str]:

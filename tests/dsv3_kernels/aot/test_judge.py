@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv3_kernels.aot import judge, report
+from dsv3_kernels.aot import hlo, judge, report
 from dsv3_kernels.aot.case import FP8_MMA, AotCase
-from dsv3_kernels.aot.compile import HLO
 
 SERIALIZED = (
     "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
@@ -69,7 +68,7 @@ def test_limit_of_shared_memory_is_the_case_s():
 
 
 def test_a_case_judges_the_whole_program():
-    dump = DUMP | {HLO: "HloModule jit_op"}
+    dump = DUMP | {hlo.FILE: "HloModule jit_op"}
     assert faults(dump, CASE._replace(expect=lambda hlo: [f"is {hlo}"])) == ["is HloModule jit_op"]
 
 
