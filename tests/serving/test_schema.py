@@ -16,6 +16,8 @@ from dsv3_jax.serving.admission import tokens_to_come
 from dsv3_jax.serving.chat_format import ChatFormat
 from dsv3_jax.serving.engine import Engine
 from dsv3_jax.serving.http.openapi import numbers_up_to
+from dsv3_jax.serving.http.protocol import CompletionRequest
+from dsv3_jax.serving.http.sampling import completion_params
 from tests.serving.running import MODEL, serving, small_tokenizer
 
 
@@ -63,6 +65,11 @@ def test_prompts_and_completions_have_limits_of_their_own(url: str) -> None:
     chat = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "ignore_eos": True}
     answer = httpx.post(f"{url}/v1/chat/completions", json=chat, timeout=120).json()
     assert answer["usage"]["completion_tokens"] == 64
+
+
+def test_who_asks_for_no_number_of_tokens_gets_no_more_than_allowed() -> None:
+    body = CompletionRequest(model=MODEL, prompt=[0])
+    assert [completion_params(body, most=most).max_tokens for most in (8, 64)] == [8, 16]
 
 
 def test_a_limit_of_completions_must_leave_room_for_a_prompt(golden_model) -> None:

@@ -25,7 +25,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     """Continues prompts, whole or as a stream of server-sent events."""
     served = served_by(request)
     served.admit(body)
-    params = completion_params(body)
+    params = completion_params(body, most=served.most_tokens(is_chat=False))
     prompts = await _prompts(body, served)
     answer = _Answer(served, body, prompts, params.n)
     generation = Generation(served.engine, request.receive)

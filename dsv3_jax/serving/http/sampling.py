@@ -29,9 +29,9 @@ def check_max_tokens(body: Request, *, most: int) -> None:
             raise RequestError(f"{name}={asked} is too much for a completion; ask for at most {most}.", param=name)
 
 
-def completion_params(body: CompletionRequest) -> SamplingParams:
-    """Of `POST /v1/completions`."""
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+def completion_params(body: CompletionRequest, *, most: int) -> SamplingParams:
+    """Of `POST /v1/completions`, where a completion may have `most` tokens."""
+    max_tokens = min(DEFAULT_MAX_TOKENS, most) if body.max_tokens is None else body.max_tokens
     prompt_logprobs = body.logprobs if body.echo else None
     return _params(body, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
 
